@@ -1,0 +1,1 @@
+"""Floor 1: from raw exports to a stream of samples."""

@@ -1,0 +1,75 @@
+"""`StepBatch`: one rank's part of one optimizer step, spoken by batches (which make it) and models (which eat it).
+
+Legend of shape suffixes: N items encoded by this chunk, T tokens, U distinct items of the whole step, B samples of
+this chunk, L history positions, C candidates of a contrast block, P platforms.
+
+The step's distinct items form one table of U rows, sorted by (platform, item), the same on every rank. Each rank
+encodes the text of its share of the *fresh* rows; the shares are gathered with gradient; the other rows take the
+vector remembered from earlier. Histories, targets and candidates are indices into the table, so an item is encoded
+once however often it appears, and what a target is contrasted with does not depend on ranks or micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "StepBatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemTexts:
+    """Texts of one chunk of this rank's share of the fresh items, right-padded."""
+
+    ids_NT: Tensor  # int64 token ids
+    mask_NT: Tensor  # int64, 1 for tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemTable:
+    """The step's distinct items, the same on every rank."""
+
+    row_U: Tensor  # int64 global item row: platform offset + catalogue row; indexes id vectors and remembered vectors
+    platform_U: Tensor  # int64 platform index
+    text_group_U: Tensor  # int64, equal for items of one platform with equal text
+    keep_id_U: Tensor  # bool, False where the id vector is dropped in this step
+    fresh_U: Tensor  # int64, for each row its place in the gathered fresh vectors, or -1: use the remembered vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histories:
+    """Samples of one micro-batch, left-aligned, padded to the longest. Position t predicts `target_BL[:, t]`."""
+
+    item_BL: Tensor  # int64 table row of the item at each position; 0 where padded
+    event_BL: Tensor  # int64 event type
+    mask_BL: Tensor  # bool, True for real positions
+    target_BL: Tensor  # int64 table row of the *next* item; 0 where there is no target
+    weight_BL: Tensor  # float32 weight of the target; 0: no target here
+    platform_B: Tensor  # int64 platform index
+    block_B: Tensor  # int64 index into StepBatch.blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A contrast block: the candidates that its samples' targets are ranked against. All of one platform."""
+
+    platform: int
+    candidate_C: Tensor  # int64 table rows, distinct: the targets of the whole block and its sampled negatives
+    log_q_C: Tensor  # float32 log of the probability that the item is a candidate of this block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """One rank's part of one step. `texts` and `histories` are its micro-batches, in order."""
+
+    step: int
+    texts: tuple[ItemTexts, ...]  # equal total rows on every rank (padded with empty texts); () when nothing is fresh
+    share_rows: int  # rows of `texts` together; the gathered table is [size * share_rows, D], rank-major
+    table: ItemTable
+    histories: tuple[Histories, ...]
+    blocks: tuple[Block, ...]
+    target_weight_P: Tensor  # float64 summed target weight per platform over ALL ranks: the loss's denominator
+    tokens: int  # real tokens in `texts`
+    padded_tokens: int  # cells of `texts`, padding included
+    sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples

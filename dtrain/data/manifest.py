@@ -1,0 +1,153 @@
+"""`manifest.json`: what `prepare` wrote, as the one thing later floors need to know about a prepared folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.core.config import nearest
+from dtrain.core.errors import CorruptFile, DataError
+from dtrain.core.fingerprint import fingerprint
+from dtrain.core.storage import read_json, sha256_file, write_json
+
+__all__ = ["SCHEMA_VERSION", "BlockEntry", "FileEntry", "Manifest", "PlatformManifest", "ShardEntry"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A file below the prepared folder. `path` is relative to it, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEntry:
+    """One tar member of a shard: an Arrow IPC file of `rows` samples at byte `offset` of the tar."""
+
+    offset: int
+    bytes: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One training tar shard. `samples` is the sum of its blocks' rows."""
+
+    path: str
+    bytes: int
+    sha256: str
+    samples: int
+    blocks: tuple[BlockEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformManifest:
+    """Everything about one prepared platform. Rows are interactions; samples are windows of them."""
+
+    name: str
+    language: str
+    build: str  # fingerprint of config block, input files, key id and code schema; names the platform's folder
+    split: str  # "leave_last_out" or "by_time"
+    split_fingerprint: str
+    users: int
+    items: int
+    train_rows: int
+    train_samples: int
+    valid_rows: int
+    test_rows: int
+    cold_share: float  # share of test targets that never occur in a training row, 0..1
+    rows_read: int
+    rejected: dict[str, int]  # rows dropped, by reason
+    events: tuple[str, ...]  # names of event types; the event column of samples indexes it
+    catalog: FileEntry
+    valid: FileEntry
+    test: FileEntry
+    train: tuple[ShardEntry, ...]
+
+    def files(self) -> list[FileEntry | ShardEntry]:
+        return [self.catalog, self.valid, self.test, *self.train]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The prepared folder's table of contents, platforms in the order of the config."""
+
+    schema_version: int
+    platforms: dict[str, PlatformManifest]
+    root: Path = field(compare=False)  # the folder it was read from; not written
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any prepared byte, count or split does."""
+        return fingerprint(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": self.schema_version,
+            "platforms": {name: dataclasses.asdict(p) for name, p in self.platforms.items()},
+        }
+
+    def save(self) -> None:
+        """Write `root/manifest.json` atomically: the commit of a preparation."""
+        write_json(self.root / "manifest.json", self.to_json())
+
+    @classmethod
+    def load(cls, root: str | Path) -> Manifest:
+        """Read a prepared folder's manifest. Raises DataError when it is missing, torn or of another schema."""
+        path = Path(root) / "manifest.json"
+        if not path.is_file():
+            raise DataError(f"{path}: no manifest, so this is no (complete) prepared folder; run `dtrain prepare`")
+        try:
+            raw = read_json(path)
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise DataError(f"{path}: schema_version {version}; this dtrain reads {SCHEMA_VERSION}. Prepare again")
+            platforms = {name: _platform(block) for name, block in raw["platforms"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); prepare again") from error
+        return cls(schema_version=version, platforms=platforms, root=Path(root))
+
+    def platform(self, name: str) -> PlatformManifest:
+        try:
+            return self.platforms[name]
+        except KeyError:
+            hint = nearest(name, list(self.platforms))
+            raise DataError(f"platform {name!r} is not in {self.root}/manifest.json.{hint}") from None
+
+    def select(self, names: list[str] | tuple[str, ...]) -> Manifest:
+        """The manifest of only these platforms, in the given order (all when empty)."""
+        if not names:
+            return self
+        return dataclasses.replace(self, platforms={name: self.platform(name) for name in names})
+
+    def verify(self, *, digests: bool = True) -> None:
+        """Check that every file is there with its recorded size (and digest). Raises CorruptFile naming the first."""
+        for platform in self.platforms.values():
+            for entry in platform.files():
+                path = self.root / entry.path
+                if not path.is_file():
+                    raise CorruptFile(f"{path}: in the manifest, not on disk; prepare again or restore it")
+                size = path.stat().st_size
+                if size != entry.bytes:
+                    raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; prepare again")
+                if digests and sha256_file(path) != entry.sha256:
+                    raise CorruptFile(f"{path}: its SHA-256 is not the manifest's, so it was changed; prepare again")
+
+
+def _platform(raw: Mapping[str, Any]) -> PlatformManifest:
+    values = dict(raw)
+    for name in ("catalog", "valid", "test"):
+        values[name] = FileEntry(**values[name])
+    values["train"] = tuple(
+        ShardEntry(**{**shard, "blocks": tuple(BlockEntry(**block) for block in shard["blocks"])})
+        for shard in values["train"]
+    )
+    values["events"] = tuple(values["events"])
+    return PlatformManifest(**values)

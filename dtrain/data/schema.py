@@ -1,0 +1,36 @@
+"""The Arrow schemas of a prepared folder. Item columns hold rows of the platform's catalogue."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+__all__ = ["CATALOG", "EVAL", "SAMPLE"]
+
+#: `catalog.arrow`, one row an item, ordered by item id. `count` is the item's number of training rows.
+CATALOG = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("count", pa.int64())])
+
+#: A training sample: one window of one user's training history, oldest first; all four lists have equal length.
+#: `weight[t] > 0` makes position t a target (predicted from the positions before it); 0 makes it context only.
+#: `time` is Unix seconds, or null for platforms without times. `user` is the keyed hash of the user id.
+SAMPLE = pa.schema(
+    [
+        ("user", pa.string()),
+        ("items", pa.list_(pa.int32())),
+        ("events", pa.list_(pa.int8())),
+        ("weights", pa.list_(pa.float32())),
+        ("times", pa.list_(pa.int64())),
+    ]
+)
+
+#: `valid.arrow` and `test.arrow`, one row a user: the whole history before the target, oldest first.
+EVAL = pa.schema(
+    [
+        ("user", pa.string()),
+        ("items", pa.list_(pa.int32())),
+        ("events", pa.list_(pa.int8())),
+        ("times", pa.list_(pa.int64())),
+        ("target", pa.int32()),
+        ("target_event", pa.int8()),
+        ("target_time", pa.int64()),
+    ]
+)

@@ -1,0 +1,1 @@
+"""Floor 5: folders that other tools open."""

@@ -1,0 +1,1 @@
+"""Floor 4: the loop, evaluation, run folders."""

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtrain.core.comm import Comm
+from tests.ranks import run_ranks
+
+
+def _talk(comm: Comm) -> dict[str, Any]:
+    rank = comm.world.rank
+    rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
+    table = comm.gather_rows(rows)
+    (table * (rank + 1)).sum().backward()
+    return {
+        "table": table.detach().numpy(),
+        "grad": rows.grad.numpy(),
+        "sum": comm.sum(np.array([rank, 1.0])),
+        "union": comm.union(np.array([rank, 7, 7])),
+        "json": comm.gather_json({"rank": rank}),
+        "bytes": comm.gather_bytes(b"x" * rank),
+    }
+
+
+def test_collectives_agree_on_every_rank_and_gather_carries_the_gradient_of_all(tmp_path: Path) -> None:
+    for result in run_ranks(3, tmp_path, _talk):
+        assert result["table"].tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2 + [[3.0] * 3] * 2
+        assert result["grad"].tolist() == [[6.0] * 3] * 2  # 1 + 2 + 3, from every rank's use of our rows
+        assert result["sum"].tolist() == [3.0, 3.0]
+        assert result["union"].tolist() == [0, 1, 2, 7]
+        assert result["json"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+        assert result["bytes"] == [b"", b"x", b"xx"]
