@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = ["red", "green", "blue", "small", "large", "soft", "hard", "round", "square", "old", "new", "garden", "kitchen", "toy", "game", "lamp", "chair", "mug", "clock", "box", "film", "drama", "comedy", "action", "bread", "milk", "cheese", "apple", "pear", "tea", "coffee", "water", "paper", "pen", "book", "shoe", "hat", "coat", "bag", "ring", "watch"]
+WORDS = (
+    "red green blue small large soft hard round square old new garden kitchen toy game lamp chair mug clock box film "
+    "drama comedy action bread milk cheese apple pear tea coffee water paper pen book shoe hat coat bag ring watch"
+).split()
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a random two-layer BERT (hidden 32) and a WordPiece vocabulary of WORDS and letters."""
+    """A Hugging Face folder with a random two-layer BERT (hidden 32), its WordPiece vocabulary WORDS and letters."""
     folder = tmp_path_factory.mktemp("tiny-bert")
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *WORDS]
