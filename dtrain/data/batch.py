@@ -11,11 +11,14 @@ once however often it appears, and what a target is contrasted with does not dep
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "StepBatch"]
+__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "StepBatch", "to_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,3 +76,19 @@ class StepBatch:
     tokens: int  # real tokens in `texts`
     padded_tokens: int  # cells of `texts`, padding included
     sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
+
+
+T = TypeVar("T")
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """`value` with every tensor in it (through dataclasses and tuples) on `device`; no copy of one that is there."""
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(device, non_blocking=True)
+    elif isinstance(value, tuple):
+        moved = tuple(to_device(part, device) for part in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        moved = dataclasses.replace(value, **{f.name: to_device(getattr(value, f.name), device) for f in fields})
+    return moved  # type: ignore[no-any-return]

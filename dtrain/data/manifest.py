@@ -74,6 +74,19 @@ class PlatformManifest:
     def files(self) -> list[FileEntry | ShardEntry]:
         return [self.catalog, self.valid, self.test, *self.train]
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> PlatformManifest:
+        """Read what `dataclasses.asdict` gave. Raises KeyError, TypeError, ValueError or AttributeError."""
+        values = dict(raw)
+        for name in ("catalog", "valid", "test"):
+            values[name] = FileEntry(**values[name])
+        values["train"] = tuple(
+            ShardEntry(**{**shard, "blocks": tuple(BlockEntry(**block) for block in shard["blocks"])})
+            for shard in values["train"]
+        )
+        values["events"] = tuple(values["events"])
+        return cls(**values)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -109,7 +122,7 @@ class Manifest:
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise DataError(f"{path}: schema_version {version}; this dtrain reads {SCHEMA_VERSION}. Prepare again")
-            platforms = {name: _platform(block) for name, block in raw["platforms"].items()}
+            platforms = {name: PlatformManifest.from_json(block) for name, block in raw["platforms"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); prepare again") from error
         return cls(schema_version=version, platforms=platforms, root=Path(root))
@@ -139,15 +152,3 @@ class Manifest:
                     raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; prepare again")
                 if digests and sha256_file(path) != entry.sha256:
                     raise CorruptFile(f"{path}: its SHA-256 is not the manifest's, so it was changed; prepare again")
-
-
-def _platform(raw: Mapping[str, Any]) -> PlatformManifest:
-    values = dict(raw)
-    for name in ("catalog", "valid", "test"):
-        values[name] = FileEntry(**values[name])
-    values["train"] = tuple(
-        ShardEntry(**{**shard, "blocks": tuple(BlockEntry(**block) for block in shard["blocks"])})
-        for shard in values["train"]
-    )
-    values["events"] = tuple(values["events"])
-    return PlatformManifest(**values)

@@ -1,0 +1,44 @@
+# make demo: the whole job on two real platforms.   make test: everything that a change must pass.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(shell cat constraints.txt setup.py | sha256sum | cut -c1-16)
+PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-gpu lint inputs clean
+.DELETE_ON_ERROR:
+
+demo: inputs
+	$(BIN)/dtrain prepare configs/data/demo.yaml
+	$(BIN)/deepspeed --num_accelerators 2 --master_port $(PORT) launch/train.py configs/train/demo.yaml
+	$(BIN)/dtrain evaluate runs/demo
+	$(BIN)/dtrain export runs/demo --out runs/demo/export
+	$(BIN)/python launch/recommend.py runs/demo/export
+
+test: inputs lint
+	DTRAIN_INPUTS=runs/inputs $(BIN)/python -m pytest
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m cuda -rs
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+inputs: $(STAMP)
+	$(BIN)/dtrain fetch configs/fetch/demo.yaml
+
+# torch first and pinned, so that no later requirement pulls another build of it in.
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	rm -f $(VENV)/installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

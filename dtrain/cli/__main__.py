@@ -1,0 +1,7 @@
+"""`python -m dtrain.cli ...` is `dtrain ...`."""
+
+import sys
+
+from dtrain.cli.main import main
+
+sys.exit(main())

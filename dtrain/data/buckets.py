@@ -1,0 +1,213 @@
+"""Interactions bucketed by user on disk, so that preparation needs memory for one bucket at a time.
+
+A user's bucket is the leading bits of the user's keyed hash: buckets in order, and users in order of hash within each,
+give one order of all users that does not depend on how many buckets there are. Bucket files lie in the work folder
+(mode 0700) and hold raw ids, which order ties and make the split fingerprint; nothing else does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dtrain.data.items import ItemTexts
+from dtrain.data.pseudonym import UserKey
+
+__all__ = ["DAY_US", "Histories", "Scatter", "Tidied", "bucket_count", "read_histories", "tidy_bucket"]
+
+DAY_US = 86_400_000_000
+_BUCKET_BYTES = 24 << 20  # of rows as text, by estimate; making histories of them takes several times as much
+_FLUSH_ROWS = 1 << 18
+_MOST_BUCKETS = 4096
+
+_RAW = pa.schema(
+    [
+        ("hash", pa.binary(16)),
+        ("user", pa.string()),
+        ("item", pa.int32()),
+        ("time", pa.int64()),
+        ("event", pa.int8()),
+        ("weight", pa.float32()),
+    ]
+)
+_USERS = pa.schema([("hash", pa.binary(16)), ("user", pa.string()), ("rows", pa.int64())])
+_ROWS = pa.schema([("item", pa.int32()), ("time", pa.int64()), ("event", pa.int8()), ("weight", pa.float32())])
+
+
+def bucket_count(plain_bytes: int, packed_bytes: int) -> int:
+    """How many buckets inputs of this size want: text as it is, and compressed or columnar files."""
+    return int(min(_MOST_BUCKETS, max(1, -(-(plain_bytes + 8 * packed_bytes) // _BUCKET_BYTES))))
+
+
+class Scatter:
+    """Writes clean interactions into `buckets` files of `folder`; rows of items without text are counted and dropped."""
+
+    def __init__(self, folder: Path, buckets: int, items: ItemTexts, key: UserKey) -> None:
+        self.paths = [folder / f"bucket-{number:05d}.arrows" for number in range(buckets)]
+        self.rejected: Counter[str] = Counter()
+        self._items, self._key = items, key
+        self._pending: list[pa.Table] = []
+        self._rows = 0
+        for path in self.paths:
+            path.touch()
+
+    def add(self, table: pa.Table) -> None:
+        """Take a table with CLEAN columns."""
+        item = self._items.rows(table["item"].combine_chunks())
+        known = item >= 0
+        if not known.all():
+            self.rejected["no item text"] += int((~known).sum())
+            table, item = table.filter(pa.array(known)), item[known]
+        users = table["user"].combine_chunks().dictionary_encode()
+        digests = pa.array(self._key.hash_ids(users.dictionary.to_pylist()), pa.binary(16))
+        columns = [digests.take(users.indices), table["user"], pa.array(item)]
+        self._pending.append(pa.table([*columns, table["time"], table["event"], table["weight"]], schema=_RAW))
+        self._rows += table.num_rows
+        if self._rows >= _FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what is pending to the bucket files."""
+        if not self._rows:
+            return
+        table = pa.concat_tables(self._pending).combine_chunks()
+        self._pending, self._rows = [], 0
+        digests = np.frombuffer(table["hash"].combine_chunks().buffers()[1], dtype=">u4").reshape(-1, 4)
+        bucket = (digests[: table.num_rows, 0].astype(np.uint64) * len(self.paths)) >> 32
+        order = np.argsort(bucket, kind="stable")
+        table = table.take(pa.array(order))
+        ends = np.searchsorted(bucket[order], np.arange(len(self.paths)), side="right").tolist()
+        for path, start, end in zip(self.paths, [0, *ends[:-1]], ends, strict=True):
+            if end > start:
+                with open(path, "ab") as file, pa.ipc.new_stream(file, _RAW) as writer:
+                    writer.write_table(table.slice(start, end - start))
+
+
+def _streams(path: Path) -> Iterator[pa.Table]:
+    with pa.memory_map(str(path)) if path.stat().st_size else pa.BufferReader(b"") as file:
+        while file.tell() < file.size():
+            yield pa.ipc.open_stream(file).read_all()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Histories:
+    """Users ordered by hash, each with its rows oldest first. User u's rows are offsets[u] to offsets[u + 1]."""
+
+    hashes: pa.Array  # fixed-size binary, 16 bytes
+    users: pa.Array  # raw ids
+    offsets: np.ndarray  # int64
+    items: np.ndarray  # int32, rows of ItemTexts
+    times: np.ndarray  # int64 microseconds
+    events: np.ndarray  # int8
+    weights: np.ndarray  # float32
+
+    @property
+    def owner(self) -> np.ndarray:
+        """The user number of every row."""
+        return np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
+
+    def select(self, rows: np.ndarray, at_least: int) -> Histories:
+        """Only the rows of the mask, and of those only users with `at_least` rows."""
+        counts = np.bincount(self.owner[rows], minlength=len(self.users))
+        stay = counts >= at_least
+        rows = rows & stay[self.owner]
+        mask = pa.array(stay)
+        return Histories(
+            hashes=self.hashes.filter(mask),
+            users=self.users.filter(mask),
+            offsets=np.concatenate([[0], np.cumsum(counts[stay])]),
+            items=self.items[rows],
+            times=self.times[rows],
+            events=self.events[rows],
+            weights=self.weights[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tidied:
+    """What tidying one bucket found."""
+
+    users_per_item: np.ndarray  # int64 per row of ItemTexts
+    rows_per_day: dict[int, int]  # days since 1970 UTC
+    repeats: int  # rows dropped because the user had met the item before
+
+
+def tidy_bucket(path: Path, items_path: Path, *, timed: bool) -> Tidied:
+    """Order each user's rows, drop repeats of an item, and write the histories beside the bucket.
+
+    Rows go by time, ties by the SHA-256 hex digest of `user TAB item`: exports often list a basket by item id, and file
+    order would give the last item away. Without times the file order stands.
+    """
+    table = pa.concat_tables([_RAW.empty_table(), *_streams(path)]).combine_chunks()
+    with pa.memory_map(str(items_path)) as file:
+        items = pa.ipc.open_file(file).read_all()["item"].combine_chunks()
+    encoded = table["hash"].combine_chunks().dictionary_encode()
+    digests = encoded.dictionary.to_pylist()
+    by_hash = np.array(sorted(range(len(digests)), key=digests.__getitem__), dtype=np.int64)
+    rank = np.empty_like(by_hash)
+    rank[by_hash] = np.arange(len(by_hash))
+    owner = rank[encoded.indices.to_numpy()]
+    item, time = table["item"].to_numpy(), table["time"].to_numpy()
+    order = np.lexsort((time, owner))
+    _, first = np.unique(owner[order] * np.int64(len(items)) + item[order], return_index=True)
+    order = order[np.sort(first)]
+    if timed:
+        order = _break_ties(order, owner, time, item, table["user"].combine_chunks(), items)
+    counts = np.bincount(owner[order], minlength=len(by_hash))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    rows = table.take(pa.array(order))
+    names = rows["user"].combine_chunks().take(pa.array(offsets[:-1]))
+    users = pa.table([encoded.dictionary.take(pa.array(by_hash)), names, pa.array(counts)], schema=_USERS)
+    _write(_users_path(path), users)
+    _write(_rows_path(path), rows.select(_ROWS.names))
+    days, per_day = np.unique(time[order] // DAY_US, return_counts=True) if timed else (np.array([]), np.array([]))
+    return Tidied(
+        users_per_item=np.bincount(item[order], minlength=len(items)),
+        rows_per_day=dict(zip(days.tolist(), per_day.tolist(), strict=True)),
+        repeats=table.num_rows - len(order),
+    )
+
+
+def _break_ties(
+    order: np.ndarray, owner: np.ndarray, time: np.ndarray, item: np.ndarray, users: pa.Array, items: pa.Array
+) -> np.ndarray:
+    same = (np.diff(owner[order]) == 0) & (np.diff(time[order]) == 0)
+    tied = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])] if len(order) else order
+    texts = zip(users.take(pa.array(tied)).to_pylist(), items.take(pa.array(item[tied])).to_pylist(), strict=True)
+    digests = [hashlib.sha256(f"{user}\t{name}".encode()).digest() for user, name in texts]
+    place = np.zeros(len(owner), dtype=np.int64)
+    place[tied[sorted(range(len(digests)), key=digests.__getitem__)]] = np.arange(len(digests))
+    return order[np.lexsort((place[order], time[order], owner[order]))]
+
+
+def read_histories(path: Path) -> Histories:
+    """The histories that `tidy_bucket` wrote for the bucket at `path`, memory-mapped."""
+    with pa.memory_map(str(_users_path(path))) as file:
+        users = pa.ipc.open_file(file).read_all().combine_chunks()
+    with pa.memory_map(str(_rows_path(path))) as file:
+        rows = pa.ipc.open_file(file).read_all().combine_chunks()
+    item, time, event, weight = (rows[name].to_numpy() for name in _ROWS.names)
+    offsets = np.concatenate([[0], np.cumsum(users["rows"].to_numpy())])
+    hashes, names = users["hash"].combine_chunks(), users["user"].combine_chunks()
+    return Histories(
+        hashes=hashes, users=names, offsets=offsets, items=item, times=time, events=event, weights=weight
+    )
+
+
+def _users_path(path: Path) -> Path:
+    return path.with_suffix(".users.arrow")
+
+
+def _rows_path(path: Path) -> Path:
+    return path.with_suffix(".rows.arrow")
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with open(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)

@@ -1,0 +1,73 @@
+"""The prepared catalogue of a platform: its items with text, ordered by item id, memory-mapped."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dtrain.core.errors import CorruptFile, DataError
+from dtrain.data.manifest import FileEntry, Manifest
+from dtrain.data.schema import CATALOG
+
+__all__ = ["Catalog", "open_arrow"]
+
+
+def open_arrow(manifest: Manifest, entry: FileEntry, schema: pa.Schema, rows: int) -> pa.Table:
+    """Memory-map an Arrow file of a prepared folder. Raises CorruptFile when it is not what the manifest says."""
+    path = manifest.root / entry.path
+    fix = "prepare again or restore the file"
+    if not path.is_file():
+        raise CorruptFile(f"{path}: in the manifest, not on disk; {fix}")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; {fix}")
+    table = _map(path, fix)
+    if not table.schema.equals(schema) or table.num_rows != rows:
+        raise CorruptFile(f"{path}: {table.num_rows} rows of {table.schema.names}, not {rows} of {schema.names}; {fix}")
+    return table
+
+
+def _map(path: Path, fix: str) -> pa.Table:
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            table = pa.ipc.open_file(mapped.read_buffer()).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptFile(f"{path}: not readable as an Arrow file ({type(error).__name__}); {fix}") from error
+    return table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Catalog:
+    """Items of one platform. Row i of each column is the item that samples call i; rows are ordered by item id."""
+
+    platform: str
+    items: Sequence[Any]  # Arrow string column of item ids
+    texts: Sequence[Any]  # Arrow string column, never empty
+    categories: Sequence[Any]  # Arrow string column, "" where the platform has none
+    counts: np.ndarray  # int64, training rows of each item; 0 for a cold one
+
+    @classmethod
+    def open(cls, manifest: Manifest, platform: str) -> Catalog:
+        """Open the catalogue of `platform`. Raises DataError for an unknown platform, CorruptFile for a bad file."""
+        entry = manifest.platform(platform)
+        table = open_arrow(manifest, entry.catalog, CATALOG, entry.items).combine_chunks()
+        columns = [table.column(name).combine_chunks() for name in ("item", "text", "category")]
+        return cls(platform, *columns, table.column("count").to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def index(self, item_id: str) -> int:
+        """Row of `item_id`. Raises DataError when the platform has no such item."""
+        key = item_id.encode()
+        row = bisect.bisect_left(range(len(self)), key, key=lambda i: str(self.items[i]).encode())
+        if row == len(self) or str(self.items[row]) != item_id:
+            raise DataError(f"item {item_id!r} is not one of the {len(self)} items of platform {self.platform!r}")
+        return row

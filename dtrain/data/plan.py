@@ -1,0 +1,213 @@
+"""What every step trains on, as a pure function of manifest, mixture and seed; `docs/stream.md` has the formulas.
+
+Legend of shape suffixes: B samples of one step, K negatives of one block, P platforms, S shards, G shuffle groups,
+L lanes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dtrain.core.errors import ConfigError, DataError
+from dtrain.core.fingerprint import seed_of
+from dtrain.core.world import World
+from dtrain.data.manifest import Manifest, PlatformManifest
+from dtrain.data.mixture import Mixture
+from dtrain.data.permute import hash64, permute
+
+__all__ = ["BlockPlan", "Plan", "PlanConfig", "StepPlan", "rows_for"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What binds a run: with another value here, the same step trains on other samples."""
+
+    seed: int = 0  # of every shuffle, negative and step-level draw
+    samples: int = 256  # global batch: samples of one step over all ranks and micro-batches
+    lanes: int = 16  # shards of a platform that are read side by side
+    shuffle_shards: int = 4  # shards of a lane whose rows are shuffled together
+    block_samples: int = 64  # most samples in a contrast block
+    negatives: int = 256  # sampled negatives of a block; at most the platform's items
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "lanes", "shuffle_shards", "block_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"plan.{name}={getattr(self, name)}: must be at least 1")
+        if self.negatives < 0:
+            raise ConfigError(f"plan.negatives={self.negatives}: must be 0 or more")
+        if self.samples >= 2**31:
+            raise ConfigError(f"plan.samples={self.samples}: must be below 2**31")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockPlan:
+    """One contrast block: consecutive samples of one platform and the negatives sampled for them."""
+
+    platform: int
+    negatives_K: np.ndarray  # int32 catalogue rows, distinct, ascending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPlan:
+    """The global batch of one step, ordered by (platform, lane)."""
+
+    step: int
+    platform_B: np.ndarray  # int16 index into Plan.platforms
+    shard_B: np.ndarray  # int32 index into the platform's training shards
+    row_B: np.ndarray  # int32 row of that shard
+    block_B: np.ndarray  # int32 index into blocks, ascending
+    blocks: tuple[BlockPlan, ...]
+    seed: int  # for everything else that is drawn in this step
+
+
+def rows_for(plan: StepPlan, rank: int, size: int) -> slice:
+    """The samples of `plan` that are `rank`'s among `size` ranks: contiguous, at most one more on some than on others.
+
+    Raises ConfigError when there are more ranks than samples.
+    """
+    if size > plan.row_B.size:
+        raise ConfigError(
+            f"world size {size} exceeds the global batch of plan.samples={plan.row_B.size} samples; "
+            f"use at most {plan.row_B.size} ranks or raise plan.samples"
+        )
+    return World(rank=rank, size=size).share(plan.row_B.size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Epoch:
+    """One epoch of one platform: its shards in the order in which the lanes hold them, lane after lane."""
+
+    key: int
+    shard_S: np.ndarray  # shard numbers
+    start_S: np.ndarray  # [S + 1] samples before each shard
+    group_G: np.ndarray  # [G + 1] samples before each shuffle group
+    lane_L: np.ndarray  # [L] samples before each lane
+    active_L: np.ndarray  # lanes, longest first
+    round_L: np.ndarray  # [L + 1] rounds after which the i-th shortest lane is exhausted, from 0
+    position_L: np.ndarray  # [L + 1] positions before those rounds
+
+    @classmethod
+    def make(cls, rows_S: np.ndarray, config: PlanConfig, key: int) -> _Epoch:
+        """Shuffle the shards, deal each to the lane with the fewest samples, cut the lanes into groups."""
+        lanes: list[list[int]] = [[] for _ in range(min(config.lanes, rows_S.size))]
+        heap = [(0, lane) for lane in range(len(lanes))]
+        for shard in permute(np.arange(rows_S.size), rows_S.size, key).tolist():
+            samples, lane = heapq.heappop(heap)
+            lanes[lane].append(shard)
+            heapq.heappush(heap, (samples + int(rows_S[shard]), lane))
+        shard_S = np.array([shard for lane in lanes for shard in lane], np.int64)
+        start_S = np.concatenate([[0], np.cumsum(rows_S[shard_S])])
+        first_L = np.cumsum([0] + [len(lane) for lane in lanes])
+        groups = [np.arange(a, b, config.shuffle_shards) for a, b in zip(first_L, first_L[1:])]
+        length_L = np.diff(start_S[first_L])
+        active_L = np.argsort(-length_L, kind="stable")
+        round_L = np.concatenate([[0], np.sort(length_L)])
+        position_L = np.concatenate([[0], np.cumsum(np.diff(round_L) * np.arange(length_L.size, 0, -1))])
+        group_G = start_S[np.concatenate([*groups, [shard_S.size]])]
+        return cls(key, shard_S, start_S, group_G, start_S[first_L[:-1]], active_L, round_L, position_L)
+
+    def deal(self, position_B: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(lane, start of its shuffle group, place in the group before shuffling, group size, group key) of positions.
+
+        Positions go round the lanes; an exhausted lane is left out of later rounds.
+        """
+        phase_B = np.searchsorted(self.position_L, position_B, side="right") - 1
+        beyond_B = position_B - self.position_L[phase_B]
+        left_B = self.active_L.size - phase_B  # lanes that still have samples
+        lane_B = self.active_L[beyond_B % left_B]
+        flat_B = self.lane_L[lane_B] + self.round_L[phase_B] + beyond_B // left_B
+        group_B = np.searchsorted(self.group_G, flat_B, side="right") - 1
+        start_B = self.group_G[group_B]
+        return lane_B, start_B, flat_B - start_B, self.group_G[group_B + 1] - start_B, hash64(self.key, group_B)
+
+    def locate(self, flat_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) of places in the epoch's shards laid end to end."""
+        place_B = np.searchsorted(self.start_S, flat_B, side="right") - 1
+        return self.shard_S[place_B], flat_B - self.start_S[place_B]
+
+
+class Plan:
+    """The samples, contrast blocks and negatives of any step, at the same cost for every step.
+
+    Raises ConfigError when `mixture` is not over the manifest's platforms, DataError for a platform without samples.
+    """
+
+    def __init__(self, manifest: Manifest, mixture: Mixture, config: PlanConfig) -> None:
+        if mixture.platforms != tuple(manifest.platforms):
+            raise ConfigError(
+                f"mixture over {', '.join(mixture.platforms)}: the run's platforms are "
+                f"{', '.join(manifest.platforms)}; they must be the same, in the same order"
+            )
+        for name, platform in manifest.platforms.items():
+            if platform.train_samples < 1:
+                raise DataError(f"platform {name}: no training samples; leave it out of the run")
+        self.manifest, self.mixture, self.config = manifest, mixture, config
+        self.platforms = mixture.platforms
+        self._entries: tuple[PlatformManifest, ...] = tuple(manifest.platforms.values())
+        self._samples_P = np.array([p.train_samples for p in self._entries], np.int64)
+        self._epoch = lru_cache(maxsize=2 * len(self._entries) + 2)(self._make_epoch)
+
+    def epochs(self, step: int) -> np.ndarray:
+        """float64 [P]: how many epochs of each platform the steps before `step` make up."""
+        return np.asarray(self.mixture.counts(step, self.config.samples) / self._samples_P)
+
+    def step(self, step: int) -> StepPlan:
+        """The plan of step `step` (from 0)."""
+        begin_P = self.mixture.counts(step, self.config.samples)
+        end_P = self.mixture.counts(step + 1, self.config.samples)
+        seed = seed_of(self.config.seed, "step", step)
+        shard_B, row_B = self._samples(begin_P, end_P)
+        count_P = end_P - begin_P
+        block_P = -(
+            -count_P // self.config.block_samples
+        )  # a platform's samples are cut into blocks of nearly one size
+        within = [np.arange(n) * m // max(1, n) for n, m in zip(count_P.tolist(), block_P.tolist())]
+        first_P = np.cumsum(block_P) - block_P
+        return StepPlan(
+            step=step,
+            platform_B=np.repeat(np.arange(count_P.size, dtype=np.int16), count_P),
+            shard_B=shard_B,
+            row_B=row_B,
+            block_B=np.concatenate([w + first for w, first in zip(within, first_P)]).astype(np.int32),
+            blocks=self._blocks(np.repeat(np.arange(block_P.size), block_P), seed),
+            seed=seed,
+        )
+
+    def _make_epoch(self, platform: int, epoch: int) -> _Epoch:
+        entry = self._entries[platform]
+        rows_S = np.array([shard.samples for shard in entry.train], np.int64)
+        return _Epoch.make(rows_S, self.config, seed_of(self.config.seed, "epoch", entry.name, epoch))
+
+    def _samples(self, begin_P: np.ndarray, end_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) of each platform's samples number [begin, end), counted over epochs, by (platform, lane)."""
+        pieces: list[tuple[int, _Epoch, np.ndarray]] = []
+        for platform, (begin, end) in enumerate(zip(begin_P.tolist(), end_P.tolist())):
+            size = int(self._samples_P[platform])
+            while begin < end:
+                number, position = divmod(begin, size)
+                count = min(end - begin, size - position)
+                pieces.append((platform, self._epoch(platform, number), np.arange(position, position + count)))
+                begin += count
+        dealt = [epoch.deal(position) for _, epoch, position in pieces]
+        lane_B, start_B, place_B, size_B, key_B = (np.concatenate(column) for column in zip(*dealt))
+        flat_B = start_B + permute(place_B, size_B, key_B)
+        lengths = [position.size for _, _, position in pieces]
+        parts = np.split(flat_B, np.cumsum(lengths)[:-1])
+        located = [epoch.locate(part) for (_, epoch, _), part in zip(pieces, parts)]
+        order_B = np.lexsort((lane_B, np.repeat([platform for platform, _, _ in pieces], lengths)))
+        shard_B, row_B = (np.concatenate(column).astype(np.int32)[order_B] for column in zip(*located))
+        return shard_B, row_B
+
+    def _blocks(self, platforms: np.ndarray, seed: int) -> tuple[BlockPlan, ...]:
+        """Contrast blocks of these platforms, each with negatives drawn without replacement from its catalogue."""
+        items = np.array([p.items for p in self._entries], np.int64)[platforms]
+        draws = np.minimum(items, self.config.negatives)
+        index = np.concatenate([np.arange(n) for n in draws.tolist()])
+        keys = hash64(seed, np.arange(platforms.size))
+        drawn = permute(index, np.repeat(items, draws), np.repeat(keys, draws)).astype(np.int32)
+        parts = np.split(drawn, np.cumsum(draws)[:-1])
+        return tuple(BlockPlan(platform=int(p), negatives_K=np.sort(part)) for p, part in zip(platforms, parts))

@@ -1,0 +1,35 @@
+"""Progress bars on stderr, shown on a terminal unless asked otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from dtrain.data.sources import SourceFile
+
+__all__ = ["Progress"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`shown`: True, False, or None for only when stderr is a terminal."""
+
+    shown: bool | None = None
+
+    def reading(self, what: str, files: Iterable[SourceFile]) -> tqdm[None]:
+        """A bar over the bytes of `files`, with rate and time left; `update(n)` moves it."""
+        total = sum(file.bytes for file in files)
+        return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=self._disable)
+
+    def steps(self, what: str, parts: Iterable[T], total: int) -> Iterator[T]:
+        """`parts` as they come, with a bar over `total` of them."""
+        return iter(tqdm(parts, desc=what, total=total, unit="bucket", leave=False, disable=self._disable))
+
+    @property
+    def _disable(self) -> bool | None:
+        return None if self.shown is None else not self.shown

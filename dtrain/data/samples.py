@@ -1,0 +1,181 @@
+"""From one bucket's histories to what leaves preparation: training shards, valid and test rows, counts.
+
+Both functions here are pure in their arguments (plain paths and numbers) and picklable, so a cluster can run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dtrain.data.buckets import Histories, read_histories
+from dtrain.data.manifest import ShardEntry
+from dtrain.data.schema import EVAL, SAMPLE
+from dtrain.data.shards import SHARD_SAMPLES, write_shard
+from dtrain.data.splits import Cuts, Split, Windows, cut_windows, split_histories
+
+__all__ = ["BucketTask", "Survey", "Written", "survey_bucket", "write_bucket"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketTask:
+    """One bucket and what is needed to split it."""
+
+    bucket: Path
+    items: Path  # Arrow file of the item ids
+    kept_items: Path  # .npy, bool per item: met by enough users
+    min_items_per_user: int
+    cuts: Cuts | None
+    timed: bool
+    window: int  # items
+    overlap: int  # items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Survey:
+    """Counts of one bucket. Arrays are int64 per item."""
+
+    users: int
+    samples: int
+    train_counts: np.ndarray
+    met_counts: np.ndarray  # rows of kept users
+    test_counts: np.ndarray
+    valid_rows: int
+    rare_rows: int  # dropped: the item was met by too few users
+    short_rows: int  # dropped: the user has too few items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """Files of one bucket. `valid` and `test` are Arrow files with EVAL schema."""
+
+    shards: tuple[ShardEntry, ...]
+    valid: Path
+    test: Path
+
+
+def _prepared(task: BucketTask) -> tuple[Histories, Histories, Split, np.ndarray]:
+    """The bucket's histories before and after dropping rare items and short users, their split and kept items."""
+    kept_items = np.load(task.kept_items, allow_pickle=False)
+    histories = read_histories(task.bucket)
+    kept = histories.select(kept_items[histories.items], task.min_items_per_user)
+    return histories, kept, split_histories(kept, task.cuts), kept_items
+
+
+def _target_rows(histories: Histories, at: np.ndarray) -> np.ndarray:
+    return (histories.offsets[:-1] + at)[at >= 0]
+
+
+def _windows(histories: Histories, split: Split, task: BucketTask) -> Windows:
+    """The training windows that have a target of positive weight."""
+    windows = cut_windows(split.train_rows, task.window, task.overlap)
+    weighed = np.concatenate([[0], np.cumsum(histories.weights > 0)])
+    base = histories.offsets[windows.user]
+    useful = weighed[base + windows.stop] > weighed[base + windows.start + windows.context]
+    return Windows(
+        user=windows.user[useful],
+        start=windows.start[useful],
+        stop=windows.stop[useful],
+        context=windows.context[useful],
+    )
+
+
+def survey_bucket(task: BucketTask) -> Survey:
+    """Count the bucket's split, and write its sorted test lines, `user TAB item` in raw ids, beside it."""
+    histories, kept, split, kept_items = _prepared(task)
+    size = len(kept_items)
+    position = np.arange(len(kept.items)) - np.repeat(kept.offsets[:-1], np.diff(kept.offsets))
+    trains = position < split.train_rows[kept.owner]
+    test = _target_rows(kept, split.test_at)
+    with pa.memory_map(str(task.items)) as file:
+        names = pa.ipc.open_file(file).read_all()["item"].combine_chunks().take(pa.array(kept.items[test]))
+    users = kept.users.filter(pa.array(split.test_at >= 0))
+    lines = sorted(f"{u}\t{i}".encode() for u, i in zip(users.to_pylist(), names.to_pylist(), strict=True))
+    task.bucket.with_suffix(".lines").write_bytes(b"".join(line + b"\n" for line in lines))
+    frequent = int(np.count_nonzero(kept_items[histories.items]))
+    return Survey(
+        users=len(kept.users),
+        samples=len(_windows(kept, split, task).user),
+        train_counts=np.bincount(kept.items[trains], minlength=size),
+        met_counts=np.bincount(kept.items, minlength=size),
+        test_counts=np.bincount(kept.items[test], minlength=size),
+        valid_rows=int(np.count_nonzero(split.valid_at >= 0)),
+        rare_rows=len(histories.items) - frequent,
+        short_rows=frequent - len(kept.items),
+    )
+
+
+def write_bucket(task: BucketTask, catalog_rows: Path, folder: Path, relative: str, first_shard: int) -> Written:
+    """Write the bucket's shards, numbered from `first_shard`, into `folder`, and its valid and test rows beside it.
+
+    `catalog_rows` (.npy) maps items to rows of the final catalogue; `relative` is the folder's path in the manifest.
+    """
+    _, kept, split, _ = _prepared(task)
+    final = np.load(catalog_rows, allow_pickle=False)[kept.items].astype(np.int32)
+    windows = _windows(kept, split, task)
+    shards = []
+    for index, start in enumerate(range(0, len(windows.user), SHARD_SAMPLES)):
+        number = first_shard + index
+        name = f"train-{number:05d}.tar"
+        table = _samples(kept, final, windows, slice(start, start + SHARD_SAMPLES), timed=task.timed)
+        shards.append(write_shard(folder / name, number, table, relative=f"{relative}/{name}"))
+    paths = []
+    for part, at in (("valid", split.valid_at), ("test", split.test_at)):
+        paths.append(task.bucket.with_suffix(f".{part}.arrow"))
+        with open(paths[-1], "wb") as file, pa.ipc.new_file(file, EVAL) as writer:
+            writer.write_table(_targets(kept, final, at, timed=task.timed))
+    return Written(shards=tuple(shards), valid=paths[0], test=paths[1])
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenated ranges [start, start + length), and their offsets."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
+def _lists(offsets: np.ndarray, values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+
+
+def _seconds(micros: np.ndarray, timed: bool) -> pa.Array:
+    return pa.array(micros // 1_000_000) if timed else pa.nulls(len(micros), pa.int64())
+
+
+def _hex(hashes: pa.Array) -> pa.Array:
+    return pa.array([digest.hex() for digest in hashes.to_pylist()], pa.string())
+
+
+def _samples(histories: Histories, items: np.ndarray, windows: Windows, part: slice, *, timed: bool) -> pa.Table:
+    user, start = windows.user[part], windows.start[part]
+    rows, offsets = _spans(histories.offsets[user] + start, windows.stop[part] - start)
+    position = np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))
+    is_target = position >= np.repeat(windows.context[part], np.diff(offsets))
+    weights = np.where(is_target, histories.weights[rows], np.float32(0))
+    columns: Sequence[pa.Array] = [
+        _hex(histories.hashes.take(pa.array(user))),
+        _lists(offsets, pa.array(items[rows])),
+        _lists(offsets, pa.array(histories.events[rows])),
+        _lists(offsets, pa.array(weights)),
+        _lists(offsets, _seconds(histories.times[rows], timed)),
+    ]
+    return pa.table(columns, schema=SAMPLE)
+
+
+def _targets(histories: Histories, items: np.ndarray, at: np.ndarray, *, timed: bool) -> pa.Table:
+    present = at >= 0
+    rows, offsets = _spans(histories.offsets[:-1][present], at[present])
+    target = _target_rows(histories, at)
+    columns: Sequence[pa.Array] = [
+        _hex(histories.hashes.filter(pa.array(present))),
+        _lists(offsets, pa.array(items[rows])),
+        _lists(offsets, pa.array(histories.events[rows])),
+        _lists(offsets, _seconds(histories.times[rows], timed)),
+        pa.array(items[target]),
+        pa.array(histories.events[target]),
+        _seconds(histories.times[target], timed),
+    ]
+    return pa.table(columns, schema=EVAL)

@@ -1,0 +1,114 @@
+"""What a model is, as config. Everything here binds a checkpoint, except dropouts and `activation_checkpointing`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dtrain.core.config import nearest
+from dtrain.core.errors import ConfigError
+
+__all__ = ["AdapterConfig", "EncoderConfig", "FreezeConfig", "ModelConfig", "ObjectiveConfig", "UserConfig"]
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}.{nearest(value, known)}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name}={value} is below {low}; use at least {low}")
+
+
+def _probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name}={value} is no dropout probability; use 0 <= p < 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """The text encoder: any BERT-like model that `AutoModel` opens from safetensors."""
+
+    name: str  # Hugging Face name, or a folder with config.json and model.safetensors
+    pooling: str = "mean"  # how token vectors become a text's vector: mean | cls | max, over real tokens
+    attention: str = "eager"  # attention kernel: eager | sdpa; docs/model.md says which is faster where
+    dropout: float = 0.0  # probability; overrides every hidden and attention dropout of the encoder
+    activation_checkpointing: bool = False  # recompute each layer in backward: less memory, one more forward
+
+    def __post_init__(self) -> None:
+        _one_of("encoder.pooling", self.pooling, ("mean", "cls", "max"))
+        _one_of("encoder.attention", self.attention, ("eager", "sdpa"))
+        _probability("encoder.dropout", self.dropout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserConfig:
+    """The user encoder: a causal Transformer over item vectors."""
+
+    layers: int = 2
+    heads: int = 4  # attention heads; must divide the model's `dim`
+    feedforward: int = 256  # width of the hidden layer of each block
+    dropout: float = 0.1  # probability, after the input, attention weights and each residual branch
+    max_positions: int = 50  # longest history it reads, in items; longer ones are cut by whoever makes batches
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "feedforward", "max_positions"):
+            _at_least(f"user.{name}", getattr(self, name), 1)
+        _probability("user.dropout", self.dropout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Per-platform bottleneck adapters on item and user vectors."""
+
+    enabled: bool = True
+    rank: int = 32  # width of the bottleneck
+
+    def __post_init__(self) -> None:
+        _at_least("adapter.rank", self.rank, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreezeConfig:
+    """What of the encoder stays as pretrained. Heads and adapters always train."""
+
+    policy: str = "nothing"  # nothing | all_but_top (train the top layers only) | all_but_heads (encoder fixed)
+    top_layers: int = 2  # trained encoder layers under all_but_top
+
+    def __post_init__(self) -> None:
+        _one_of("freeze.policy", self.policy, ("nothing", "all_but_top", "all_but_heads"))
+        _at_least("freeze.top_layers", self.top_layers, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The whole model."""
+
+    encoder: EncoderConfig
+    dim: int = 128  # size of item and user vectors
+    id_vectors: bool = True  # add a learned vector of each item to its text's vector
+    item_bias: bool = True  # add a learned, popularity-like score of each item
+    memory: bool = True  # remember each item's last text vector ([items, hidden] fp32); steps may encode fewer items
+    user: UserConfig = field(default_factory=UserConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("dim", self.dim, 1)
+        if self.dim % self.user.heads:
+            raise ConfigError(f"dim={self.dim} is not a multiple of user.heads={self.user.heads}; change one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """Next item by InfoNCE over contrast blocks."""
+
+    temperature: float = 0.07  # divides user-item products; the start value where it is learned
+    learned_temperature: bool = True
+    logq: bool = True  # correct for the probability with which an item becomes a candidate
+    normalize: bool = True  # cosine (unit vectors) instead of the dot product; with False, start near temperature 1
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"objective.temperature={self.temperature} is not positive; use e.g. 0.07")

@@ -1,0 +1,90 @@
+"""Item vectors: a text's vector plus what is known of the item itself, and the memory of text vectors.
+
+Legend: N rows, H hidden size of the text encoder, D vector size, I items of all platforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.model.config import ModelConfig
+from dtrain.model.layers import Linear, PlatformAdapters, unit
+
+__all__ = ["ItemTower", "Memory"]
+
+
+class ItemTower(nn.Module):
+    """Text vectors to item vectors and biases.
+
+    What is learned of one item alone, its id vector and its bias, starts at zero and is left out together where the
+    item is not `known`. So an item that never occurred in training has a vector and a score from its text alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, hidden: int, items: int, platforms: int, normalize: bool) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.project = Linear(hidden, config.dim)
+        # Orthonormal rows keep the pretrained geometry as well as `dim` dimensions can.
+        nn.init.orthogonal_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        self.id = nn.Embedding(items, config.dim) if config.id_vectors else None
+        self.bias = nn.Embedding(items, 1) if config.item_bias else None
+        for table in (self.id, self.bias):
+            if table is not None:
+                nn.init.zeros_(table.weight)
+        self.adapter = PlatformAdapters(platforms, config.dim, config.adapter.rank) if config.adapter.enabled else None
+
+    def forward(self, text_NH: Tensor, row_N: Tensor, platform_N: Tensor, known_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Text vectors, global item rows, platforms, and which id vectors and biases count (bool).
+
+        Returns (vectors [N, D], biases [N]), both fp32; vectors have length 1 under a cosine objective. The text's
+        part has length 1 before the id vector is added, so that one learning rate fits every encoder.
+        """
+        vector_ND = unit(self.project(text_NH))
+        if self.id is not None:
+            vector_ND = vector_ND + self.id(row_N).float() * known_N[:, None]
+        if self.adapter is not None:
+            vector_ND = self.adapter(vector_ND, platform_N)
+        if self.normalize:
+            vector_ND = unit(vector_ND)
+        if self.bias is None:
+            return vector_ND, torch.zeros_like(vector_ND[:, 0])
+        return vector_ND, self.bias(row_N)[:, 0].float() * known_N
+
+
+class Memory(nn.Module):
+    """The last text vector of every item, [I, H] fp32 on every rank; zero until an item is first encoded.
+
+    Its content is a function of the steps taken, so it belongs to a checkpoint.
+    """
+
+    vector_IH: Tensor
+
+    def __init__(self, items: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("vector_IH", torch.zeros(items, hidden))
+
+    def forward(self, row_N: Tensor) -> Tensor:
+        """Remembered vectors [N, H] of global item rows."""
+        return self.vector_IH[row_N]
+
+    @torch.no_grad()
+    def write(self, row_N: Tensor, vector_NH: Tensor) -> None:
+        """Remember vectors of distinct rows; if any of them is not finite, nothing changes."""
+        vector_NH = vector_NH.float()
+        self.vector_IH[row_N] = torch.where(vector_NH.isfinite().all(), vector_NH, self.vector_IH[row_N])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
+        # A move to another device applies; a cast of the model to bf16 must not: memory stays fp32.
+        device = fn(self.vector_IH.new_empty(0)).device
+        self.vector_IH = self.vector_IH.to(device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        copy = Memory(*self.vector_IH.shape)
+        copy.vector_IH = self.vector_IH.clone()
+        return copy

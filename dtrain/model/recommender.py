@@ -1,0 +1,164 @@
+"""The retriever: item texts and histories to a next-item loss, and the vectors to search with.
+
+Legend: N items encoded, U distinct items of the step, H hidden size of the encoder, D vector size, B histories,
+L positions, T targets, C candidates, P platforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtrain.core.errors import ConfigError
+from dtrain.data.batch import Histories, ItemTable, ItemTexts, StepBatch
+from dtrain.model.config import ModelConfig, ObjectiveConfig
+from dtrain.model.encoder import Encoder
+from dtrain.model.items import ItemTower, Memory
+from dtrain.model.layers import Temperature, recomputed, unit
+from dtrain.model.objectives import info_nce
+from dtrain.model.user import UserEncoder
+
+__all__ = ["Gather", "Recommender", "alone"]
+
+#: [n, D] on each rank -> [size * n, D], rank-major, differentiable.
+Gather = Callable[[Tensor], Tensor]
+
+
+def alone(rows_ND: Tensor) -> Tensor:
+    """The gather of one process."""
+    return rows_ND
+
+
+class Recommender(nn.Module):
+    """Scores every item of a platform for a history: `user . item / temperature + bias`."""
+
+    def __init__(
+        self, config: ModelConfig, objective: ObjectiveConfig, encoder: Encoder, items: int, event_counts: Sequence[int]
+    ) -> None:
+        """`items` of all platforms together; `event_counts` of each platform, in platform order."""
+        super().__init__()
+        self.objective = objective
+        self.encoder = encoder
+        self.items = ItemTower(
+            config, hidden=encoder.hidden, items=items, platforms=len(event_counts), normalize=objective.normalize
+        )
+        self.user = UserEncoder(config, event_counts)
+        self.temperature = Temperature(objective.temperature, learned=objective.learned_temperature)
+        self.memory = Memory(items, encoder.hidden) if config.memory else None
+
+    def forward(self, batch: StepBatch, gather: Gather = alone) -> Tensor:
+        """Per-platform sums [P] (fp32) of weight * negative log likelihood over this rank's targets.
+
+        With several chunks of texts or histories, each chunk's activations are made again in backward, so that one
+        chunk's live at a time while every target is still contrasted with its whole block (gradient caching, Gao et
+        al. 2021). Fresh text vectors go to memory when training. Every trainable parameter of the parts that run is
+        in the result's graph, whatever the batch holds. Raises ConfigError when the batch counts on a memory that
+        the model lacks.
+        """
+        table = batch.table
+        text_UH = self._text_vectors(batch, gather)
+        vector_UD, bias_U = self.items(text_UH, table.row_U, table.platform_U, table.keep_id_U)
+        scale = self.temperature(vector_UD.device)
+        shared = (vector_UD, bias_U, scale)
+        # An empty slice of each: a zero that ties everything to the graph on a rank without a target.
+        loss_P = torch.zeros(len(batch.target_weight_P), device=vector_UD.device)
+        for tensor in shared:
+            loss_P = loss_P + tensor[:0].sum()
+        for chunk in batch.histories:
+            args = (chunk, batch, *shared)
+            loss_P = loss_P + (recomputed(self._loss, *args) if len(batch.histories) > 1 else self._loss(*args))
+        return loss_P
+
+    def _text_vectors(self, batch: StepBatch, gather: Gather) -> Tensor:
+        """[U, H] text vectors of the step's table: fresh ones with gradient, the others from memory."""
+        table = batch.table
+        if not batch.texts:
+            return self._recall(table, table.row_U)
+        again = len(batch.texts) > 1 and any(p.requires_grad for p in self.encoder.parameters())
+        parts = [recomputed(self._encode, texts) if again else self._encode(texts) for texts in batch.texts]
+        fresh_NH = gather(torch.cat(parts))
+        is_fresh_U = table.fresh_U >= 0
+        text_UH = fresh_NH.index_select(0, table.fresh_U.clamp(min=0))
+        if not bool(is_fresh_U.all()):
+            text_UH = torch.where(is_fresh_U[:, None], text_UH, self._recall(table, table.row_U))
+        if self.training and self.memory is not None:
+            self.memory.write(table.row_U[is_fresh_U], text_UH.detach()[is_fresh_U])
+        return text_UH
+
+    def _encode(self, texts: ItemTexts) -> Tensor:
+        vector_NH: Tensor = self.encoder(texts.ids_NT, texts.mask_NT)
+        return vector_NH
+
+    def _recall(self, table: ItemTable, row_N: Tensor) -> Tensor:
+        if self.memory is None:
+            raise ConfigError(
+                f"model.memory=false, but {int((table.fresh_U < 0).sum())} items of a step are not encoded in it; "
+                "set model.memory=true or encode every item of every step"
+            )
+        vector_NH: Tensor = self.memory(row_N)
+        return vector_NH
+
+    def _loss(self, chunk: Histories, batch: StepBatch, vector_UD: Tensor, bias_U: Tensor, scale: Tensor) -> Tensor:
+        """[P] loss sums of one chunk of histories."""
+        at_T = (chunk.weight_BL > 0).flatten().nonzero()[:, 0]
+        history_T = at_T // chunk.weight_BL.shape[1]
+        item_BLD = F.embedding(chunk.item_BL, vector_UD)
+        user_TD = self.user(item_BLD, chunk.event_BL, chunk.platform_B, at_T)
+        if self.objective.normalize:
+            user_TD = unit(user_TD)
+        target_T, weight_T = chunk.target_BL.flatten()[at_T], chunk.weight_BL.flatten()[at_T].float()
+        block_T = chunk.block_B[history_T]
+        loss_P = torch.zeros(len(batch.target_weight_P), device=user_TD.device) + user_TD[:0].sum()
+        for index in torch.unique(block_T).tolist():
+            block = batch.blocks[index]
+            here = (block_T == index).nonzero()[:, 0]
+            place_U = torch.full_like(batch.table.row_U, -1)
+            place_U[block.candidate_C] = torch.arange(len(block.candidate_C), device=place_U.device)
+            nll_T = info_nce(
+                user_TD[here],
+                vector_UD.index_select(0, block.candidate_C),
+                place_U[target_T[here]],
+                scale=scale,
+                bias_C=bias_U[block.candidate_C],
+                log_q_C=block.log_q_C if self.objective.logq else None,
+                group_C=batch.table.text_group_U[block.candidate_C],
+            )
+            platform = torch.tensor([block.platform], device=user_TD.device)
+            loss_P = loss_P.index_add(0, platform, (nll_T * weight_T[here]).sum()[None])
+        return loss_P
+
+    @torch.no_grad()
+    def encode_texts(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """Text vectors [N, H], fp32. Call `eval()` first where the encoder has dropout."""
+        vector_NH: Tensor = self.encoder(ids_NT, mask_NT)
+        return vector_NH
+
+    @torch.no_grad()
+    def item_vectors(
+        self, text_NH: Tensor, row_N: Tensor, platform_N: Tensor, known_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(vectors [N, D], biases [N]), fp32, of items by text vector, global row and platform.
+
+        `known_N` (bool, default all): False leaves out an item's id vector and bias. Pass `count > 0`: an item that
+        was never a target was still drawn as a negative, which taught its id vector nothing but to stay away.
+        """
+        known_N = torch.ones_like(row_N, dtype=torch.bool) if known_N is None else known_N
+        vector_ND, bias_N = self.items(text_NH, row_N, platform_N, known_N)
+        return vector_ND, bias_N
+
+    @torch.no_grad()
+    def user_vectors(self, item_BLD: Tensor, event_BL: Tensor, mask_BL: Tensor, platform_B: Tensor) -> Tensor:
+        """User vectors [B, D], fp32, after the last real position of left-aligned histories with at least one item.
+
+        `item_BLD` are vectors from `item_vectors`; padded positions may hold anything finite.
+        """
+        user_BD = self.user.last(item_BLD, event_BL, mask_BL, platform_B)
+        return unit(user_BD) if self.objective.normalize else user_BD
+
+    @torch.no_grad()
+    def current_temperature(self) -> float:
+        """The temperature that scores are divided by."""
+        return 1.0 / float(self.temperature(torch.device("cpu")))

@@ -1,0 +1,129 @@
+"""The config of a training run: every section in one place, and which of them a resumed run may not change."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtrain.batches.config import BatchConfig
+from dtrain.checkpoint.config import CheckpointConfig
+from dtrain.core.config import nearest, to_dict
+from dtrain.core.errors import ConfigError, StateMismatch
+from dtrain.data.mixture import MixtureConfig
+from dtrain.data.plan import PlanConfig
+from dtrain.data.stream import StreamConfig
+from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
+from dtrain.model.config import ModelConfig, ObjectiveConfig
+from dtrain.train.evaluate import EvaluateConfig
+
+__all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig", "check_binding"]
+
+TASKS = ("recommend", "rank")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What to train on."""
+
+    path: str  # prepared folder, the `out` of `dtrain prepare`
+    platforms: list[str] = field(default_factory=list)  # names to use, in this order; empty: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistConfig:
+    """Processes of one run."""
+
+    timeout_s: float = 600.0  # no collective waits longer
+    threads: int = 0  # CPU threads of a rank; 0: this machine's cores shared evenly by its ranks
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0 or self.threads < 0:
+            raise ConfigError(f"dist.timeout_s={self.timeout_s} must be above 0 and dist.threads={self.threads} not below")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    task: str = "recommend"  # recommend: retriever with InfoNCE; rank: cross-encoder with binary cross-entropy
+    steps: int = 1000  # optimizer steps
+    resume: str = "auto"  # auto: from the newest whole checkpoint of the run folder; never: refuse a used folder
+    log_every: int = 10  # steps between log lines
+    valid_every: int = 200  # steps between validations; 0: at the end only
+    checkpoint_every: int = 200  # steps between checkpoints; every new best is one too; 0: those and the end only
+    metric: str = "ndcg@10"  # validated metric that stops the run and picks the best checkpoint
+    aggregate: str = "macro"  # over platforms: macro (mean) or worst
+    patience: int = 0  # validations without a new best before the run stops; 0: never
+    max_skipped: int = 10  # non-finite steps in a row that end the run
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("task", TASKS),
+            ("resume", ("auto", "never")),
+            ("aggregate", ("macro", "worst")),
+            ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")),
+        ):
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ConfigError(f"train.{key}={value!r} is none of {', '.join(allowed)}.{nearest(value, allowed)}")
+        for key, low in (("steps", 1), ("log_every", 1), ("valid_every", 0), ("checkpoint_every", 0), ("max_skipped", 1)):
+            if getattr(self, key) < low:
+                raise ConfigError(f"train.{key}={getattr(self, key)}: must be at least {low}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that `launch/train.py` takes."""
+
+    run: str  # run folder
+    data: DataConfig
+    model: ModelConfig
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch.fresh_items is not None and self.train.task == "recommend" and not self.model.memory:
+            raise ConfigError(
+                f"batch.fresh_items={self.batch.fresh_items} takes the other items from memory; set model.memory=true "
+                "or batch.fresh_items=null"
+            )
+
+    def completed(self) -> RunConfig:
+        """With what one section takes from another filled in: the schedule spans the run."""
+        if self.schedule.total_steps:
+            return self
+        return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, total_steps=self.train.steps))
+
+    def binding(self) -> dict[str, Any]:
+        """The keys that decide what step n computes; a resumed run must have the same."""
+        whole = to_dict(self)
+        keep = {key: whole[key] for key in ("plan", "mixture", "model", "objective", "optimizer", "schedule")}
+        keep["batch"] = {k: v for k, v in whole["batch"].items() if k != "accumulation"}
+        keep["train"] = {k: whole["train"][k] for k in ("task", "metric", "aggregate")}
+        keep["data"] = {"platforms": whole["data"]["platforms"]}
+        keep["model"]["encoder"] = {k: v for k, v in whole["model"]["encoder"].items() if k in ("pooling", "dropout")}
+        return keep
+
+
+def check_binding(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
+    """Raise StateMismatch naming the first binding key whose value differs."""
+    for key in sorted({*saved, *now}):
+        name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            check_binding(old, new, f"{name}.")
+        elif old != new:
+            raise StateMismatch(
+                f"{name}: the checkpoint has {old!r}, this config {new!r}; it decides what a step computes and can't "
+                "change within a run. Restore it, or start another run with run=OTHER_FOLDER"
+            )

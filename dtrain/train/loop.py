@@ -1,0 +1,151 @@
+"""The loop: the same for every way of starting it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from dtrain.core.comm import Comm
+from dtrain.core.errors import TrainError
+from dtrain.data.batch import PairBatch, StepBatch
+from dtrain.data.ledger import Ledger
+from dtrain.data.stream import StepSamples, Stream
+from dtrain.engine.protocol import Engine, StepResult
+from dtrain.train.config import TrainConfig
+from dtrain.train.meter import Meter
+from dtrain.train.runfolder import RunFolder
+from dtrain.train.stopping import Stopping, aggregate
+
+__all__ = ["Loop", "LoopState"]
+
+log = logging.getLogger("dtrain")
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What the loop itself must remember to go on: part of every checkpoint."""
+
+    step: int = 0  # optimizer steps consumed
+    skipped_in_a_row: int = 0
+    stopping: Stopping = field(default_factory=lambda: Stopping(patience=0))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "stopping": self.stopping.to_json(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.step = int(saved["step"])
+        self.skipped_in_a_row = int(saved["skipped_in_a_row"])
+        self.stopping = self.stopping.resumed(saved["stopping"])
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """Steps from `state.step` to `config.steps`, with logging, validation, early stopping and checkpoints.
+
+    `collate` turns the stream's samples into a batch; `validate` ranks the valid split and gives metrics per
+    platform; `save(state, best)` commits a checkpoint. All of them are collective calls.
+    """
+
+    config: TrainConfig
+    comm: Comm
+    platforms: tuple[str, ...]
+    stream: Stream
+    collate: Callable[[StepSamples], StepBatch | PairBatch]
+    engine: Engine
+    ledger: Ledger | None
+    validate: Callable[[], dict[str, dict[str, float]]]
+    save: Callable[[LoopState, bool], None]
+    folder: RunFolder
+    state: LoopState
+    _meter: Meter = field(init=False)
+    _began: float = field(default_factory=time.perf_counter)
+    _saved_step: int = -1
+
+    def run(self) -> str:
+        """Returns "completed" or "stopped_early". The last step is validated and saved in any case."""
+        self._meter = Meter(self.platforms)
+        with tqdm(
+            total=self.config.steps, initial=self.state.step, unit="step", disable=not self.comm.world.is_main
+        ) as bar:
+            while self.state.step < self.config.steps and not self.state.stopping.stopped:
+                self._step(bar)
+        if self._saved_step != self.state.step:
+            self.save(self.state, False)
+        return "stopped_early" if self.state.stopping.stopped else "completed"
+
+    def _step(self, bar: tqdm[Any]) -> None:
+        asked = time.perf_counter()
+        samples = next(self.stream)
+        batch = self.collate(samples)
+        wait_s = time.perf_counter() - asked
+        result = self.engine.train_step(batch)
+        self.state.step += 1
+        self._meter.add(batch, result, wait_s)
+        if self.ledger is not None:
+            self.ledger.record(samples)
+        self._guard(batch, result)
+        bar.update()
+        if self._due(self.config.log_every):
+            self._log(result, bar)
+        improved = self._validate() if self._due(self.config.valid_every) else False
+        if improved or self._due(self.config.checkpoint_every):
+            self.save(self.state, improved)
+            self._saved_step = self.state.step
+            self._meter.restart()
+
+    def _due(self, every: int) -> bool:
+        return self.state.step == self.config.steps or (every > 0 and self.state.step % every == 0)
+
+    def _guard(self, batch: StepBatch | PairBatch, result: StepResult) -> None:
+        """Count skipped steps; a run of them ends the job with the samples of the last."""
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            return
+        log.warning("step %d: loss or gradient not finite; the update was skipped on all ranks", self.state.step)
+        if self.state.skipped_in_a_row >= self.config.max_skipped:
+            ids = self.comm.gather_json([list(i) for i in batch.sample_ids])
+            raise TrainError(
+                f"step {self.state.step}: {self.state.skipped_in_a_row} steps in a row were not finite "
+                f"(train.max_skipped={self.config.max_skipped}). Lower optimizer.lr, or look at the samples "
+                f"(platform, shard, row) of the last step: {[i for part in ids for i in part][:64]}"
+            )
+
+    def _log(self, result: StepResult, bar: tqdm[Any]) -> None:
+        line = self._meter.read(self.comm)
+        line |= {"lr": result.lr, "grad_norm": result.grad_norm, "wall_s": time.perf_counter() - self._began}
+        bar.set_postfix_str(
+            f"loss {line['loss'] or float('nan'):.3f}, {line['targets_per_s']:.0f} targets/s, "
+            f"{line['tokens_per_s']:.0f} tokens/s, padding {line['padding']:.0%}"
+        )
+        scalars = {f"train/{k}": v for k, v in line.items() if isinstance(v, (int, float))}
+        scalars |= {f"train/loss/{k}": v for k, v in line["loss_per_platform"].items() if v is not None}
+        self.folder.log(self.state.step, line, scalars)
+
+    def _validate(self) -> bool:
+        """Rank the valid split, log it, advance early stopping; True when this is the best so far."""
+        metrics = self.validate()
+        name = self.config.metric
+        values = {platform: m[name] for platform, m in metrics.items()}
+        macro, worst = aggregate(values, "macro"), aggregate(values, "worst")
+        before = self.state.stopping
+        self.state.stopping = before.after(macro if self.config.aggregate == "macro" else worst, self.state.step)
+        self.folder.log(
+            self.state.step,
+            {"valid": {**metrics, "macro": {name: macro}, "worst": {name: worst}}},
+            {f"valid/{name}/{platform}": v for platform, v in {**values, "macro": macro, "worst": worst}.items()},
+        )
+        improved = self.state.stopping.waited == 0
+        each = ", ".join(f"{platform} {value:.4f}" for platform, value in values.items())
+        mark = " (best)" if improved else ""
+        log.info("step %d: valid %s: %s, macro %.4f%s", self.state.step, name, each, macro, mark)
+        self._meter.restart()
+        return improved

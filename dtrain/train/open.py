@@ -1,0 +1,91 @@
+"""Open a finished or interrupted run: its config, data and the weights of one of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.checkpoint.store import CheckpointStore, Commit
+from dtrain.core.comm import Comm
+from dtrain.core.config import load_config
+from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
+from dtrain.core.state import FragmentSource
+from dtrain.data.manifest import Manifest
+from dtrain.train.config import RunConfig
+from dtrain.train.setup import Inputs, build_module, open_inputs
+
+__all__ = ["OpenRun", "load_weights", "open_run", "read_run_config"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run as evaluation and export see it. `model` is whole, in fp32 and eval mode."""
+
+    path: Path
+    config: RunConfig
+    inputs: Inputs
+    model: nn.Module
+    commit: Commit
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.inputs.manifest
+
+
+def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved config of a run folder, with overrides. Raises ConfigError when it is no run folder."""
+    path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: no run folder (config.yaml is missing); give the `run` of a training")
+    return load_config(RunConfig, path / "config.yaml", overrides)
+
+
+def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), which: str = "best") -> OpenRun:
+    """Open `which` ("best" or "last") checkpoint of a run. A collective call.
+
+    Raises CheckpointError when there is no whole checkpoint, StateMismatch when data or tokenizer are others now.
+    """
+    path = Path(run)
+    config = read_run_config(path, overrides)
+    store = CheckpointStore(path / "checkpoints", comm, config.checkpoint)
+    commit = (store.best() if which == "best" else None) or store.latest()
+    if commit is None:
+        raise CheckpointError(f"{store.root}: no whole checkpoint; train the run first")
+    inputs = open_inputs(config, tokenizer_from=path / "encoder")
+    check_fingerprints(commit.fingerprints, inputs.fingerprints())
+    local = dataclasses.replace(
+        config.model, encoder=dataclasses.replace(config.model.encoder, name=str(path / "encoder"))
+    )
+    model = build_module(dataclasses.replace(config, model=local), inputs, pretrained=False)
+    load_weights(model, store.open(commit))
+    return OpenRun(path, config, inputs, model.eval(), commit)
+
+
+def check_fingerprints(saved: dict[str, Any], now: dict[str, str]) -> None:
+    """Raise StateMismatch naming the first of data and tokenizer that is not the one the checkpoint was made with."""
+    for what, fix in (("tokenizer", "use the run's own tokenizer"), ("manifest", "restore that prepared folder")):
+        if saved.get(what) != now[what]:
+            raise StateMismatch(
+                f"{what} fingerprint {saved.get(what)} in the checkpoint, {now[what]} on disk; {fix}, or start a new run"
+            )
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, source: FragmentSource) -> None:
+    """Fill every parameter and persistent buffer of `module` from a checkpoint. Raises StateMismatch on other shapes."""
+    kept = module.state_dict(keep_vars=True)
+    parameters = dict(module.named_parameters())
+    for name, tensor in kept.items():
+        kind = "master" if name in parameters else "buffer"
+        shape = source.shape(kind, name)
+        if shape != tuple(tensor.shape):
+            raise StateMismatch(
+                f"{kind} {name}: {list(shape)} in the checkpoint, {list(tensor.shape)} in this config's model"
+            )
+        tensor.copy_(source.read(kind, name).view(shape))

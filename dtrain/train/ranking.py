@@ -1,0 +1,107 @@
+"""Exact ranks over the full catalogue, in blocks of users so that memory is bounded by a block of scores.
+
+Legend of shape suffixes: B users, b users of one block, N items of the catalogue, D vector dimensions, K top items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.core.errors import TrainError
+from dtrain.data.evalset import Ragged
+
+__all__ = ["BLOCK_BYTES", "Scorer", "dot_scorer", "entries", "rank_targets", "top_items"]
+
+#: Scores of the users in a slice for every item, [b, N], floating point. The caller owns the tensor and writes in it.
+Scorer = Callable[[slice], Tensor]
+
+#: Default bound of one block of scores, in bytes.
+BLOCK_BYTES = 64 << 20
+
+
+def entries(lists: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """(list number, value) of every entry of the lists, as two int64 arrays."""
+    values = lists.values[lists.offsets[0] : lists.offsets[-1]]
+    return np.repeat(np.arange(len(lists)), np.diff(lists.offsets)), values.astype(np.int64)
+
+
+def dot_scorer(user_BD: Tensor, item_ND: Tensor, bias_N: Tensor | None = None) -> Scorer:
+    """score = user . item (+ bias), in float32 on the device of the vectors."""
+    users, items_DN = user_BD.float(), item_ND.float().T
+    bias = None if bias_N is None else bias_N.float()
+
+    def scores(rows: slice) -> Tensor:
+        return users[rows] @ items_DN if bias is None else torch.addmm(bias, users[rows], items_DN)
+
+    return scores
+
+
+def _blocks(users: int, items: int, block_bytes: int) -> Iterator[slice]:
+    size = max(1, block_bytes // (4 * max(1, items)))
+    for start in range(0, users, size):
+        yield slice(start, min(start + size, users))
+
+
+def _checked(scores: Scorer, rows: slice) -> Tensor:
+    score_bN = scores(rows)
+    # A sum is one vectorised pass, and no finite score that a model gives overflows it; a NaN or infinity shows in it.
+    bad = (~torch.isfinite(score_bN.sum(1))).nonzero()
+    if len(bad):
+        raise TrainError(
+            f"scores of user {rows.start + int(bad[0])} of this evaluation are not finite; ranks of them would mean "
+            "nothing. The weights are broken: evaluate an earlier checkpoint, lower the learning rate"
+        )
+    return score_bN
+
+
+def _hide_seen(score_bN: Tensor, seen: Ragged) -> None:
+    user, item = (torch.from_numpy(x).to(score_bN.device) for x in entries(seen))
+    score_bN[user, item] = -torch.inf
+
+
+def rank_targets(
+    scores: Scorer, target_B: np.ndarray, seen: Ragged, *, items: int, block_bytes: int = BLOCK_BYTES
+) -> np.ndarray:
+    """Rank of each user's target among all `items` that the user has not seen, int64 [B], 1 is best.
+
+    Exact: 1 + the number of other unseen items whose score is at least the target's, so that ties count against the
+    target and a model that scores all items alike ranks last, not first. The target itself is never hidden, even if
+    it is among the seen. Memory: about `block_bytes` of scores at a time, at least one user's. Raises TrainError for
+    a score that is not finite.
+    """
+    ranks = []
+    for rows in _blocks(len(target_B), items, block_bytes):
+        score_bN = _checked(scores, rows)
+        target_b1 = torch.from_numpy(np.asarray(target_B[rows], dtype=np.int64)).to(score_bN.device)[:, None]
+        bar_b1 = score_bN.gather(1, target_b1)
+        _hide_seen(score_bN, seen[rows])
+        score_bN.scatter_(1, target_b1, bar_b1)
+        # Counting what is *below* the target counts ties (and the target itself) above it. Comparing in place into
+        # floats is the fastest form on a CPU, and exact below 2^24 items; beyond, count in integers.
+        below_bN = score_bN.lt_(bar_b1) if items < 1 << 24 else score_bN < bar_b1
+        ranks.append(items - below_bN.sum(1).to(torch.int64))
+    return torch.cat(ranks).cpu().numpy() if ranks else np.zeros(0, dtype=np.int64)
+
+
+def top_items(
+    scores: Scorer, seen: Ragged, k: int, *, items: int, block_bytes: int = BLOCK_BYTES
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` best unseen items of every user, best first: (item rows [B, K], scores [B, K]); K = min(k, items).
+
+    A user with fewer than K unseen items gets seen ones at the end, with score -inf.
+    """
+    found, values = [], []
+    for rows in _blocks(len(seen), items, block_bytes):
+        score_bN = _checked(scores, rows)
+        _hide_seen(score_bN, seen[rows])
+        best = score_bN.topk(min(k, items), dim=1)
+        found.append(best.indices.cpu().numpy())
+        values.append(best.values.cpu().numpy())
+    if not found:
+        empty = np.zeros((0, min(k, items)))
+        return empty.astype(np.int64), empty.astype(np.float32)
+    return np.concatenate(found), np.concatenate(values)
