@@ -3,7 +3,8 @@
     DTRAIN_INPUTS=runs/inputs python benchmarks/prepare_memory.py [--times 10] [--suffix users|both]
 
 The larger input repeats the transactions with every user id (with `both`, every item id too, so that the catalogue
-grows as well) suffixed by the number of the copy. Each preparation runs in its own process. Exits 1 above a ratio of 1.5.
+grows as well) suffixed by the number of the copy. Each preparation runs in its own process. Exits 1 when the ratio
+is above 1.5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train, however it is started: `python launch/train.py C`, `torchrun ... launch/train.py C`, `deepspeed ... launch/train.py C`.
+"""Train, however it is started: `python launch/train.py C`, or the same behind `torchrun ...` or `deepspeed ...`.
 
 Takes the same arguments as `dtrain train`.
 """

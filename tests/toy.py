@@ -33,12 +33,13 @@ class ToyBatch:
 
 
 class ToyModel(nn.Module):
-    def __init__(self, seed: int = 0, width: int = 12, chunks: int = 2) -> None:
+    def __init__(self, seed: int = 0, width: int = 12, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.chunks = chunks
         self.base = nn.Linear(FEATURES, FEATURES)
-        self.encoder = nn.Sequential(nn.Linear(FEATURES, width), nn.LayerNorm(width), nn.Linear(width, width))
+        self.encoder = nn.Sequential(
+            nn.Linear(FEATURES, width), nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(dropout)
+        )
         self.user = nn.Embedding(5, width)
         self.scale = nn.Parameter(torch.tensor([1.0]))
         self.base.requires_grad_(False)
@@ -55,7 +56,7 @@ class ToyModel(nn.Module):
     def forward(self, batch: ToyBatch, gather: Callable[[Tensor], Tensor]) -> Tensor:
         if self.training:
             self.seen += 1
-        parts = [checkpoint(self._encode, x_NF, use_reentrant=False) for x_NF in batch.x_NF.chunk(self.chunks)]
+        parts = [checkpoint(self._encode, x_NF, use_reentrant=False) for x_NF in batch.x_NF.chunk(2)]
         item_ND = gather(torch.cat(parts).float())
         score_B = (item_ND[batch.item_B] * self.user(batch.user_B).float()).sum(1) * self.scale.float()
         loss_B = batch.weight_B * F.smooth_l1_loss(score_B, batch.y_B, reduction="none")

@@ -62,17 +62,15 @@ class TokenCache:
         special = empty_text(tokenizer).size
         if max_tokens <= special:
             raise ConfigError(f"text_tokens={max_tokens}: the tokenizer adds {special} of its own; allow more")
-        entry = manifest.platform(platform).catalog
+        items, entry = manifest.platform(platform).items, manifest.platform(platform).catalog
         name = fingerprint([tokenizer_fingerprint(tokenizer), max_tokens, entry.sha256])
         path = (manifest.root / entry.path).with_name(f"tokens-{name}.arrow")
         if not path.is_file():
             _write(path, Catalog.open(manifest, platform).texts, tokenizer, max_tokens)
         with pa.memory_map(str(path)) as source:
             ids = pa.ipc.open_file(source).read_all().column("ids").combine_chunks()
-        if len(ids) != manifest.platform(platform).items:
-            raise DataError(
-                f"{path}: {len(ids)} texts, {manifest.platform(platform).items} in the catalogue; delete it"
-            )
+        if len(ids) != items:
+            raise DataError(f"{path}: {len(ids)} texts, {items} in the catalogue; delete the file")
         return cls(path, ids.values.to_numpy(), ids.offsets.to_numpy())
 
     def __len__(self) -> int:

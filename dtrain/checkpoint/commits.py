@@ -4,9 +4,10 @@
     claims/000007          slot 7 was claimed (by the attempt named in it) before anything was written for it
     commits/000007.json    the record: the checkpoint exists; or {"void_by": ...}: it never will
 
-A slot goes claimed -> committed | void. Records are linked into place, so the first of two writers wins. An attempt
-registers first and then voids what earlier attempts have claimed; a writer claims first and then looks for a later
-attempt. Whichever comes first, one sees the other, so a writer left over from an earlier attempt never commits.
+A slot goes claimed -> committed | void, or stays claimed when its writer failed. Records are linked into place, so
+the first of two writers wins. An attempt registers first and then voids what earlier attempts have claimed; a writer
+claims first and then looks for a later attempt. Whichever comes first, one sees the other, so a writer left over from
+an earlier attempt never commits.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ def create_once(path: Path, content: str) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    try:
+        fsync_dir(path.parent)
+    except OSError:
+        path.unlink()  # what may not last must not count
+        raise
     return True
 
 

@@ -108,9 +108,11 @@ class ShardedSource:
         found = []
         for part in self._parts[kind, name]:
             start, stop = max(offset, part.offset), min(end, part.offset + part.numel)
-            if start < stop or part.numel == 0:
-                found.append(self._slice(part, start - part.offset, max(start, stop) - part.offset))
-        return found[0] if len(found) == 1 else torch.cat(found)
+            if start < stop:
+                found.append(self._slice(part, start - part.offset, stop - part.offset))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found) if found else self._slice(self._parts[kind, name][0], 0, 0)
 
     def _slice(self, part: _Part, start: int, stop: int) -> Tensor:
         if part.file not in self._open:

@@ -1,4 +1,4 @@
-"""`dtrain COMMAND ...`: the composition root. Each command is a function of parsed arguments; errors become exit codes."""
+"""`dtrain COMMAND ...`: the composition root. A command is a function of its arguments; errors become exit codes."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ def _dispatch(argv: list[str]) -> int:
     evaluate.add_argument("overrides", nargs="*", default=[])
     evaluate.set_defaults(function=_evaluate)
 
+    audit = commands.add_parser("audit", help="check by a run's ledger that every sample was consumed as planned")
+    audit.add_argument("run", help="run folder of a training with stream.ledger=true")
+    audit.set_defaults(function=_audit)
+
     export = commands.add_parser("export", help="write the encoder and the recommender as a folder others can open")
     export.add_argument("run", help="run folder")
     export.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier export")
@@ -94,9 +98,10 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from dtrain.core.config import load_config
-    from dtrain.data.prepare import PrepareConfig, prepare
+    from dtrain.data.platforms import PrepareConfig
+    from dtrain.data.prepare import prepare
 
-    report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=True)
+    report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=sys.stderr.isatty())
     print(report.table())
     return 0
 
@@ -111,6 +116,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dtrain.cli.evaluate import evaluate
 
     return evaluate(arguments.run, arguments.overrides)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from dtrain.cli.audit import audit_run
+
+    return audit_run(arguments.run)
 
 
 def _export(arguments: argparse.Namespace) -> int:

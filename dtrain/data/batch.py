@@ -1,7 +1,7 @@
-"""`StepBatch`: one rank's part of one optimizer step, spoken by batches (which make it) and models (which eat it).
+"""`StepBatch` and `PairBatch`: one rank's part of one step; batches make them, models eat them.
 
 Legend of shape suffixes: N items encoded by this chunk, T tokens, U distinct items of the whole step, B samples of
-this chunk, L history positions, C candidates of a contrast block, P platforms.
+this chunk, L history positions, C candidates of a contrast block, P platforms. In pairs, N is pairs.
 
 The step's distinct items form one table of U rows, sorted by (platform, item), the same on every rank. Each rank
 encodes the text of its share of the *fresh* rows; the shares are gathered with gradient; the other rows take the
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "StepBatch", "to_device"]
+__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "PairBatch", "Pairs", "StepBatch", "to_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,30 @@ class StepBatch:
     target_weight_P: Tensor  # float64 summed target weight per platform over ALL ranks: the loss's denominator
     tokens: int  # real tokens in `texts`
     padded_tokens: int  # cells of `texts`, padding included
+    sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """One micro-batch of (history text, item text) pairs for a cross-encoder, right-padded."""
+
+    ids_NT: Tensor  # int64 token ids: [CLS] history [SEP] item [SEP]
+    mask_NT: Tensor  # int64, 1 for tokens
+    type_NT: Tensor  # int64 segment: 0 up to the first [SEP], 1 after it
+    label_N: Tensor  # float32, 1 for the item that came next, 0 for a sampled one
+    weight_N: Tensor  # float32 weight of the pair; 0: a row that only fills up
+    platform_N: Tensor  # int64 platform index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch:
+    """One rank's part of one step of the pointwise task. `pairs` are its micro-batches, in order, none empty."""
+
+    step: int
+    pairs: tuple[Pairs, ...]  # equally many on every rank
+    target_weight_P: Tensor  # float64 summed pair weight per platform over ALL ranks: the loss's denominator
+    tokens: int  # real tokens in `pairs`
+    padded_tokens: int  # cells of `pairs`, padding included
     sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
 
 

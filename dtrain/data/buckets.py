@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from dtrain.data.items import ItemTexts
+from dtrain.data.items import ItemTexts, item_ids
 from dtrain.data.pseudonym import UserKey
+from dtrain.data.spill import Spill, read_bucket
 
-__all__ = ["DAY_US", "Histories", "Scatter", "Tidied", "bucket_count", "read_histories", "tidy_bucket"]
+__all__ = ["DAY_US", "Histories", "Scatter", "Tidied", "read_histories", "tidy_bucket"]
 
 DAY_US = 86_400_000_000
-_BUCKET_BYTES = 24 << 20  # of rows as text, by estimate; making histories of them takes several times as much
-_FLUSH_ROWS = 1 << 18
-_MOST_BUCKETS = 4096
 
 _RAW = pa.schema(
     [
@@ -40,22 +37,15 @@ _USERS = pa.schema([("hash", pa.binary(16)), ("user", pa.string()), ("rows", pa.
 _ROWS = pa.schema([("item", pa.int32()), ("time", pa.int64()), ("event", pa.int8()), ("weight", pa.float32())])
 
 
-def bucket_count(plain_bytes: int, packed_bytes: int) -> int:
-    """How many buckets inputs of this size want: text as it is, and compressed or columnar files."""
-    return int(min(_MOST_BUCKETS, max(1, -(-(plain_bytes + 8 * packed_bytes) // _BUCKET_BYTES))))
-
-
 class Scatter:
-    """Writes clean interactions into `buckets` files of `folder`; rows of items without text are counted and dropped."""
+    """Writes clean interactions into buckets; rows of items without text are counted and dropped."""
 
     def __init__(self, folder: Path, buckets: int, items: ItemTexts, key: UserKey) -> None:
-        self.paths = [folder / f"bucket-{number:05d}.arrows" for number in range(buckets)]
         self.rejected: Counter[str] = Counter()
         self._items, self._key = items, key
-        self._pending: list[pa.Table] = []
-        self._rows = 0
-        for path in self.paths:
-            path.touch()
+        self._spill = Spill(folder, "users", buckets, _RAW)
+        self.paths = self._spill.paths
+        self.flush = self._spill.flush
 
     def add(self, table: pa.Table) -> None:
         """Take a table with CLEAN columns."""
@@ -65,34 +55,11 @@ class Scatter:
             self.rejected["no item text"] += int((~known).sum())
             table, item = table.filter(pa.array(known)), item[known]
         users = table["user"].combine_chunks().dictionary_encode()
-        digests = pa.array(self._key.hash_ids(users.dictionary.to_pylist()), pa.binary(16))
-        columns = [digests.take(users.indices), table["user"], pa.array(item)]
-        self._pending.append(pa.table([*columns, table["time"], table["event"], table["weight"]], schema=_RAW))
-        self._rows += table.num_rows
-        if self._rows >= _FLUSH_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Append what is pending to the bucket files."""
-        if not self._rows:
-            return
-        table = pa.concat_tables(self._pending).combine_chunks()
-        self._pending, self._rows = [], 0
-        digests = np.frombuffer(table["hash"].combine_chunks().buffers()[1], dtype=">u4").reshape(-1, 4)
-        bucket = (digests[: table.num_rows, 0].astype(np.uint64) * len(self.paths)) >> 32
-        order = np.argsort(bucket, kind="stable")
-        table = table.take(pa.array(order))
-        ends = np.searchsorted(bucket[order], np.arange(len(self.paths)), side="right").tolist()
-        for path, start, end in zip(self.paths, [0, *ends[:-1]], ends, strict=True):
-            if end > start:
-                with open(path, "ab") as file, pa.ipc.new_stream(file, _RAW) as writer:
-                    writer.write_table(table.slice(start, end - start))
-
-
-def _streams(path: Path) -> Iterator[pa.Table]:
-    with pa.memory_map(str(path)) if path.stat().st_size else pa.BufferReader(b"") as file:
-        while file.tell() < file.size():
-            yield pa.ipc.open_stream(file).read_all()
+        digests = self._key.hash_ids(users.dictionary.to_pylist())
+        leading = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
+        bucket = ((leading * len(self.paths)) >> 32)[users.indices.to_numpy()]
+        columns = [pa.array(digests, pa.binary(16)).take(users.indices), table["user"], pa.array(item)]
+        self._spill.add(pa.table([*columns, table["time"], table["event"], table["weight"]], schema=_RAW), bucket)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -144,9 +111,7 @@ def tidy_bucket(path: Path, items_path: Path, *, timed: bool) -> Tidied:
     Rows go by time, ties by the SHA-256 hex digest of `user TAB item`: exports often list a basket by item id, and file
     order would give the last item away. Without times the file order stands.
     """
-    table = pa.concat_tables([_RAW.empty_table(), *_streams(path)]).combine_chunks()
-    with pa.memory_map(str(items_path)) as file:
-        items = pa.ipc.open_file(file).read_all()["item"].combine_chunks()
+    table, items = read_bucket(path, _RAW), item_ids(items_path)
     encoded = table["hash"].combine_chunks().dictionary_encode()
     digests = encoded.dictionary.to_pylist()
     by_hash = np.array(sorted(range(len(digests)), key=digests.__getitem__), dtype=np.int64)
@@ -195,9 +160,7 @@ def read_histories(path: Path) -> Histories:
     item, time, event, weight = (rows[name].to_numpy() for name in _ROWS.names)
     offsets = np.concatenate([[0], np.cumsum(users["rows"].to_numpy())])
     hashes, names = users["hash"].combine_chunks(), users["user"].combine_chunks()
-    return Histories(
-        hashes=hashes, users=names, offsets=offsets, items=item, times=time, events=event, weights=weight
-    )
+    return Histories(hashes=hashes, users=names, offsets=offsets, items=item, times=time, events=event, weights=weight)
 
 
 def _users_path(path: Path) -> Path:

@@ -58,8 +58,8 @@ class Catalog:
         """Open the catalogue of `platform`. Raises DataError for an unknown platform, CorruptFile for a bad file."""
         entry = manifest.platform(platform)
         table = open_arrow(manifest, entry.catalog, CATALOG, entry.items).combine_chunks()
-        columns = [table.column(name).combine_chunks() for name in ("item", "text", "category")]
-        return cls(platform, *columns, table.column("count").to_numpy())
+        items, texts, categories = (table[name].combine_chunks() for name in ("item", "text", "category"))
+        return cls(platform, items, texts, categories, table["count"].to_numpy())
 
     def __len__(self) -> int:
         return len(self.items)

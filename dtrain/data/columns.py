@@ -108,8 +108,9 @@ def as_id(column: pa.ChunkedArray | pa.Array, kind: str) -> tuple[pa.Array, list
 def as_number(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, list[int]]:
     """float64, null where missing; positions of cells that are no finite number."""
     array = _whole(column)
+    bad: list[int] = []
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type):
-        number, bad = array.cast(pa.float64(), safe=False), []
+        number = array.cast(pa.float64(), safe=False)
         number = pc.if_else(pc.is_nan(number), pa.scalar(None, pa.float64()), number)
     else:
         text, not_text = as_text(array)
@@ -122,8 +123,9 @@ def as_number(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, list[int]]:
 def as_time(column: pa.ChunkedArray | pa.Array, form: str) -> tuple[pa.Array, list[int]]:
     """int64 microseconds since 1970 UTC, null where missing; positions of cells that are no time of 1900 to 2200."""
     array = _whole(column)
+    bad: list[int] = []
     if pa.types.is_temporal(array.type):
-        moment, bad = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), []
+        moment = array.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
     elif form in ("seconds", "milliseconds"):
         number, bad = as_number(array)
         unit = _US if form == "seconds" else 1000

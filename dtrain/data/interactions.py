@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtrain.data.columns import Checked, as_id, as_number, as_text, as_time
+from dtrain.data.columns import ROW, Checked, as_id, as_number, as_text, as_time
 from dtrain.data.filters import apply_filters
 from dtrain.data.platforms import PlatformConfig
 from dtrain.data.readers import read_tables
@@ -29,6 +29,8 @@ CLEAN = pa.schema(
     ]
 )
 
+_ADDED = [f"#{name}" for name in CLEAN.names]  # what they are called beside the columns of the file
+
 
 @dataclass(slots=True)
 class Tally:
@@ -43,15 +45,19 @@ def clean_interactions(
     files: Sequence[Sequence[SourceFile]],
     tally: Tally,
     on_bytes: OnBytes,
-    extra: Sequence[str] = (),
+    instead: Sequence[str] = (),
 ) -> Iterator[pa.Table]:
-    """The interactions of all sources (`files` per source) that count, in file order, CLEAN columns plus `extra`.
+    """The interactions of all sources (`files` per source) that count, in file order, with CLEAN columns.
+
+    `instead` names columns of the files to give in place of those.
 
     Raises DataError for missing columns and, unless `on_bad_row` is drop, for malformed rows.
     """
     columns = platform.columns
     named = [columns.user, columns.item, columns.time, columns.event, columns.value if platform.weight_by_value else ""]
-    wanted = list(dict.fromkeys(c for c in [*named, *(f.column for f in platform.filters), *extra] if c))
+    wanted = list(
+        dict.fromkeys(c for c in [*named, *(f.column for f in platform.filters), *instead] if c not in ("", ROW))
+    )
     for source, members in zip(platform.interactions, files, strict=True):
         for file in members:
             checked = Checked(file.path, platform.on_bad_row == "drop", tally.rejected)
@@ -60,9 +66,7 @@ def clean_interactions(
                 raw = apply_filters(table, platform.filters, checked, tally.rejected)
                 clean = _clean(raw, platform, checked, tally)
                 if clean.num_rows:
-                    yield clean.select([*(f"#{name}" for name in CLEAN.names), *extra]).rename_columns(
-                        [*CLEAN.names, *extra]
-                    )
+                    yield clean.select(instead) if instead else clean.select(_ADDED).rename_columns(CLEAN.names)
             tally.rows_read += checked.lost
 
 
@@ -72,7 +76,11 @@ def _clean(table: pa.Table, platform: PlatformConfig, checked: Checked, tally: T
     steps = [("user", columns.user, columns.user_type), ("item", columns.item, columns.item_type)]
     for name, column, kind in steps:
         values, bad = as_id(table[column], kind)
-        rule = "an integer id must be a whole number" if kind == "integer" else "an id is UTF-8 text, no control characters"
+        rule = (
+            "an integer id must be a whole number"
+            if kind == "integer"
+            else "an id is UTF-8 text, no control characters"
+        )
         table = _add(table, name, values, bad, checked, tally, column, rule, "correct the id")
     if columns.time:
         values, bad = as_time(table[columns.time], columns.time_format)
@@ -94,7 +102,7 @@ def _add(
     rule: str,
     fix: str,
 ) -> pa.Table:
-    table, keep = checked.without(table.append_column(f"#{name}", values), bad, column, rule, fix)
+    table, _ = checked.without(table.append_column(f"#{name}", values), bad, column, rule, fix)
     present = pc.is_valid(table[f"#{name}"])
     missing = table.num_rows - int(pc.sum(present).as_py() or 0)
     if missing:

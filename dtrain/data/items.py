@@ -2,90 +2,118 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtrain.core.errors import DataError
-from dtrain.data.columns import Checked, as_id, as_text
+from dtrain.data.columns import ROW, Checked, as_id, as_text
 from dtrain.data.filters import apply_filters
 from dtrain.data.interactions import Tally, clean_interactions
 from dtrain.data.platforms import PlatformConfig
 from dtrain.data.readers import read_tables
 from dtrain.data.sources import OnBytes, SourceFile
+from dtrain.data.spill import Spill, read_bucket
 from dtrain.data.template import Template
 
-__all__ = ["ItemTexts", "build_items"]
+__all__ = ["ItemTexts", "build_items", "item_ids"]
 
-_COMPACT_ROWS = 1 << 20
+_TEXTS = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("rows", pa.int64())])
 
 
 class ItemTexts:
-    """Item ids that have text, sorted as UTF-8 bytes, with their texts and categories."""
+    """Items that have text. The texts stay on disk; only the ids are in memory."""
 
-    def __init__(self, items: pa.Array, texts: pa.Array, categories: pa.Array) -> None:
-        self.items, self.texts, self.categories = items, texts, categories
-        self._keys = np.array(items.cast(pa.binary()).to_pylist(), dtype=np.bytes_)
+    def __init__(self, path: Path) -> None:
+        self.path = path  # Arrow file with columns item, text, category, in no particular order of rows
+        keys = np.array(item_ids(path).cast(pa.binary()).to_pylist(), dtype=np.bytes_)
+        self._order = np.argsort(keys, kind="stable").astype(np.int32)
+        self._keys = keys[self._order]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._order)
 
     def rows(self, items: pa.Array) -> np.ndarray:
         """int32 row of each item id, -1 for one without text."""
         distinct = items.dictionary_encode()
         keys = np.array(distinct.dictionary.cast(pa.binary()).to_pylist(), dtype=np.bytes_)
-        found = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
-        found = np.where(self._keys[found] == keys, found, -1).astype(np.int32)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self) - 1)
+        found = np.where(self._keys[place] == keys, self._order[place], -1).astype(np.int32)
         return np.asarray(found[distinct.indices.to_numpy()])
+
+    def sorted(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the mask, ordered by item id as UTF-8 bytes."""
+        return np.asarray(self._order[rows[self._order]])
+
+    def take(self, rows: np.ndarray) -> list[pa.ChunkedArray]:
+        """Columns item, text and category of these rows."""
+        with pa.memory_map(str(self.path)) as file:
+            table = pa.ipc.open_file(file).read_all().take(pa.array(rows))
+        return [table[name] for name in ("item", "text", "category")]
+
+
+def item_ids(path: Path) -> pa.Array:
+    """The item ids of the file of an ItemTexts."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()["item"].combine_chunks()
 
 
 def build_items(
     platform: PlatformConfig,
     catalog_files: Sequence[Sequence[SourceFile]],
     interaction_files: Sequence[Sequence[SourceFile]],
+    folder: Path,
+    buckets: int,
     on_bytes: OnBytes,
-) -> tuple[ItemTexts, Counter[str]]:
-    """Every item with text, and the catalogue rows dropped by reason.
-
-    Memory grows with the catalogue, not with the rows read. Raises DataError when no item has text.
-    """
+) -> ItemTexts:
+    """Every item with text, by way of `buckets` files in `folder`. Raises DataError when there is none."""
     config = platform.catalog
     text, category = Template.parse(config.text), Template.parse(config.category)
-    rejected: Counter[str] = Counter()
     fields = list(dict.fromkeys([config.id, *text.fields, *category.fields]))
     if config.sources:
-        tables = _catalog_tables(platform, catalog_files, fields, rejected, on_bytes)
+        tables = _catalog_tables(platform, catalog_files, fields, on_bytes)
     else:
         tables = _interaction_tables(platform, interaction_files, fields, on_bytes)
-    pairs = _merged(_rendered(tables, platform, text, category, rejected))
-    chosen = _pick(pairs, config.pick)
-    with_text = chosen.filter(pc.is_valid(chosen["text"])).sort_by("item")
-    if not with_text.num_rows:
+    spill = Spill(folder, "items", buckets, _TEXTS)
+    for table in _rendered(tables, platform, text, category):
+        distinct = table["item"].combine_chunks().dictionary_encode()
+        bucket = np.array([zlib.crc32(item.encode()) % buckets for item in distinct.dictionary.to_pylist()], np.int64)
+        spill.add(table, bucket[distinct.indices.to_numpy()])
+    spill.flush()
+    met = written = 0
+    with open(folder / "items.arrow", "wb") as file, pa.ipc.new_file(file, _TEXTS.remove(3)) as writer:
+        for path in spill.paths:
+            chosen = _pick(read_bucket(path, _TEXTS), config.pick)
+            with_text = chosen.filter(pc.is_valid(chosen["text"]))
+            met, written = met + chosen.num_rows, written + with_text.num_rows
+            writer.write_table(with_text)
+            path.unlink()
+    if not written:
         raise DataError(
-            f"the catalogue has {chosen.num_rows} items and none with text from the template {config.text!r}; "
+            f"the catalogue has {met} items and none with text from the template {config.text!r}; "
             "check catalog.text, catalog.id and catalog.filters"
         )
-    columns = [with_text[name].combine_chunks() for name in ("item", "text", "category")]
-    return ItemTexts(columns[0], columns[1], pc.fill_null(columns[2], "")), rejected
+    return ItemTexts(folder / "items.arrow")
 
 
 def _catalog_tables(
     platform: PlatformConfig,
     files: Sequence[Sequence[SourceFile]],
     fields: Sequence[str],
-    rejected: Counter[str],
     on_bytes: OnBytes,
 ) -> Iterator[tuple[pa.Table, Checked]]:
     filters = platform.catalog.filters
     wanted = list(dict.fromkeys([*fields, *(rule.column for rule in filters)]))
     for source, members in zip(platform.catalog.sources, files, strict=True):
         for file in members:
-            checked = Checked(file.path, platform.on_bad_row == "drop", rejected)
+            checked = Checked(file.path, platform.on_bad_row == "drop")
             for table in read_tables(file, source, platform.catalog.id, wanted, checked, on_bytes):
-                yield apply_filters(table, filters, checked, rejected), checked
+                yield apply_filters(table, filters, checked, Counter()), checked
 
 
 def _interaction_tables(
@@ -93,10 +121,10 @@ def _interaction_tables(
 ) -> Iterator[tuple[pa.Table, Checked]]:
     filters = platform.catalog.filters
     extra = list(dict.fromkeys([*fields, *(rule.column for rule in filters)]))
-    unused = Checked("interactions", True)
-    for table in clean_interactions(platform, files, Tally(), on_bytes, extra):
-        numbered = table.select(extra).append_column("#row", pa.array(np.zeros(table.num_rows, dtype=np.int64)))
-        yield apply_filters(numbered, filters, unused, Counter()), unused
+    paths = [file.path for members in files for file in members]
+    checked = Checked(paths[0] if len(paths) == 1 else "interactions", platform.on_bad_row == "drop")
+    for table in clean_interactions(platform, files, Tally(), on_bytes, [*extra, ROW]):
+        yield apply_filters(table, filters, checked, Counter()), checked
 
 
 def _rendered(
@@ -104,7 +132,6 @@ def _rendered(
     platform: PlatformConfig,
     text: Template,
     category: Template,
-    rejected: Counter[str],
 ) -> Iterator[pa.Table]:
     """Distinct (item, text, category) of each table with their number of rows, in order of first appearance."""
     for table, checked in tables:
@@ -120,14 +147,13 @@ def _rendered(
             {
                 "item": ids,
                 "text": text.render(columns, table.num_rows),
-                "category": category.render(columns, table.num_rows) if category.words else pa.nulls(len(ids), pa.string()),
+                "category": category.render(columns, table.num_rows)
+                if category.words
+                else pa.nulls(len(ids), pa.string()),
                 "rows": pa.array(np.ones(table.num_rows, dtype=np.int64)),
             }
         )
-        present = rendered.filter(pc.is_valid(rendered["item"]))
-        if present.num_rows < rendered.num_rows:
-            rejected["no item"] += rendered.num_rows - present.num_rows
-        yield _grouped(present)
+        yield _grouped(rendered.filter(pc.is_valid(rendered["item"])))
 
 
 def _grouped(table: pa.Table) -> pa.Table:
@@ -135,29 +161,20 @@ def _grouped(table: pa.Table) -> pa.Table:
     return grouped.rename_columns({"rows_sum": "rows"})
 
 
-def _merged(tables: Iterable[pa.Table]) -> pa.Table:
-    state: list[pa.Table] = []
-    pending = 0
-    for table in tables:
-        state.append(table)
-        pending += table.num_rows
-        if pending > max(_COMPACT_ROWS, 2 * state[0].num_rows):
-            state, pending = [_grouped(pa.concat_tables(state))], 0
-    if not state:
-        raise DataError("the catalogue has no rows; check catalog.sources and its filters")
-    return _grouped(pa.concat_tables(state))
-
-
-def _pick(pairs: pa.Table, pick: str) -> pa.Table:
+def _pick(texts: pa.Table, pick: str) -> pa.Table:
     """One row an item: the first met, or that of the most frequent text (ties: the text that sorts first)."""
     if pick == "most_frequent":
-        texts = pairs.filter(pc.is_valid(pairs["text"]))
-        counted = texts.group_by(["item", "text"], use_threads=False).aggregate([("rows", "sum"), ("category", "first")])
-        pairs = counted.rename_columns({"rows_sum": "rows", "category_first": "category"}).sort_by(
+        known = texts.filter(pc.is_valid(texts["text"]))
+        counted = known.group_by(["item", "text"], use_threads=False).aggregate(
+            [("rows", "sum"), ("category", "first")]
+        )
+        texts = counted.rename_columns({"rows_sum": "rows", "category_first": "category"}).sort_by(
             [("item", "ascending"), ("rows", "descending"), ("text", "ascending")]
         )
     keep_nulls = pc.ScalarAggregateOptions(skip_nulls=False, min_count=0)
-    first = pairs.group_by("item", use_threads=False).aggregate(
+    first = texts.group_by("item", use_threads=False).aggregate(
         [("text", "first", keep_nulls), ("category", "first", keep_nulls)]
     )
-    return first.rename_columns({"text_first": "text", "category_first": "category"})
+    first = first.rename_columns({"text_first": "text", "category_first": "category"})
+    category = pc.fill_null(first["category"], "")
+    return first.set_column(first.schema.get_field_index("category"), "category", category)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dtrain.core.errors import CorruptFile
 from dtrain.core.world import World
@@ -73,7 +74,7 @@ class Ledger:
 
 
 def read_ledger(paths: Iterable[Path]) -> pa.Table:
-    """All rows of these segment files, ordered by step, platform, shard and row.
+    """All rows of these segment files, ordered by step, platform, shard and row; `platform` as plain strings.
 
     Raises CorruptFile naming a segment that can't be read.
     """
@@ -87,7 +88,8 @@ def read_ledger(paths: Iterable[Path]) -> pa.Table:
         except (pa.ArrowException, OSError) as error:
             raise CorruptFile(f"{path}: not a ledger segment ({error}); restore it or leave it out") from error
         tables.append(table)
-    merged = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    merged = pa.concat_tables(tables)
+    merged = merged.set_column(1, "platform", merged.column("platform").cast(pa.string()))
     return merged.sort_by([(name, "ascending") for name in ("step", "platform", "shard", "row")])
 
 
@@ -132,10 +134,7 @@ def audit(table: pa.Table, plan: Plan) -> Audit:
     The second check counts: after c samples of a platform with n, each was consumed c // n times or once more.
     """
     step_B, shard_B, row_B = (table.column(name).to_numpy() for name in ("step", "shard", "row"))
-    known = {name: i for i, name in enumerate(plan.platforms)}
-    column = table.column("platform").combine_chunks()
-    codes = np.array([known.get(name, -1) for name in column.dictionary.to_pylist()] or [-1])
-    platform_B = codes[column.indices.to_numpy()]
+    platform_B = pc.index_in(table.column("platform"), pa.array(plan.platforms)).fill_null(-1).to_numpy()
     steps, first = np.unique(step_B, return_index=True)
     parts = [np.split(a, first[1:]) for a in (platform_B, shard_B, row_B)]
     wrong = [step for step, *part in zip(steps.tolist(), *parts) if not _is_plan(plan, step, *part)]

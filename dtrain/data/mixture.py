@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         steps = [segment.from_step for segment in self.segments]
-        if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:])):
+        if not steps or steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
             raise ConfigError(f"mixture segments start at steps {steps}: they must start at 0 and ascend")
         for segment in self.segments:
             shares = segment.shares

@@ -119,7 +119,9 @@ def open_output(out: str | Path) -> Iterator[OutputFolder]:
         kept = "what was prepared before is untouched"
         if error.errno in _FULL:
             raise DataError(f"{root}: no space left while preparing; free some or set out=...; {kept}") from error
-        raise DataError(f"{root}: can't be written ({error.strerror or error}); check it or set out=...; {kept}") from error
+        raise DataError(
+            f"{root}: can't be written ({error.strerror or error}); check it or set out=...; {kept}"
+        ) from error
 
 
 def _previous(root: Path) -> Manifest | None:

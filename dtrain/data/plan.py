@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -102,7 +103,7 @@ class _Epoch:
         shard_S = np.array([shard for lane in lanes for shard in lane], np.int64)
         start_S = np.concatenate([[0], np.cumsum(rows_S[shard_S])])
         first_L = np.cumsum([0] + [len(lane) for lane in lanes])
-        groups = [np.arange(a, b, config.shuffle_shards) for a, b in zip(first_L, first_L[1:])]
+        groups = [np.arange(a, b, config.shuffle_shards) for a, b in pairwise(first_L)]
         length_L = np.diff(start_S[first_L])
         active_L = np.argsort(-length_L, kind="stable")
         round_L = np.concatenate([[0], np.sort(length_L)])
@@ -162,9 +163,7 @@ class Plan:
         seed = seed_of(self.config.seed, "step", step)
         shard_B, row_B = self._samples(begin_P, end_P)
         count_P = end_P - begin_P
-        block_P = -(
-            -count_P // self.config.block_samples
-        )  # a platform's samples are cut into blocks of nearly one size
+        block_P = -(-count_P // self.config.block_samples)  # blocks of a platform, of nearly one size
         within = [np.arange(n) * m // max(1, n) for n, m in zip(count_P.tolist(), block_P.tolist())]
         first_P = np.cumsum(block_P) - block_P
         return StepPlan(

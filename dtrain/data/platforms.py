@@ -42,7 +42,9 @@ class SourceConfig:
     column_names: list[str] = field(default_factory=list)  # csv without a header row: its columns, in order
     encoding: str = "utf-8"  # csv, json, jsonl, recbole: how the bytes are text
     member: str = ""  # zip: the file inside, where there are several
-    history: list[str] = field(default_factory=list)  # columns that together hold a user's ordered items, one row a user
+    history: list[str] = field(
+        default_factory=list
+    )  # columns that together hold a user's ordered items, one row a user
     history_separator: str = " "  # between the items of a history column that is text
 
     def check(self, where: str) -> None:
@@ -121,7 +123,7 @@ class CatalogConfig:
 
     id: str  # column of the item id
     text: str
-    sources: list[SourceConfig] = field(default_factory=list)  # none: the interaction rows that are kept
+    sources: list[SourceConfig] = field(default_factory=list)  # none: the interaction rows that count
     category: str = ""  # a template like `text`
     filters: list[FilterConfig] = field(default_factory=list)
     pick: str = "first"  # first | most_frequent (ties: the text that sorts first): which of an item's rows counts
@@ -147,7 +149,9 @@ class SplitConfig:
     """How a platform's rows become train, valid and test."""
 
     protocol: str = "leave_last_out"  # leave_last_out | by_time
-    test_share: float = 0.1  # by_time: about this share of rows is test, the newest; the cut is the nearest UTC midnight
+    test_share: float = (
+        0.1  # by_time: about this share of rows is test, the newest; the cut is the nearest UTC midnight
+    )
     valid_share: float = 0.1  # by_time: about this share of rows is valid, just before the test period
 
     def check(self, where: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from dtrain.data.sources import SourceFile
+from dtrain.data.sources import OnBytes, SourceFile
 
 __all__ = ["Progress"]
 
@@ -21,10 +22,12 @@ class Progress:
 
     shown: bool | None = None
 
-    def reading(self, what: str, files: Iterable[SourceFile]) -> tqdm[None]:
-        """A bar over the bytes of `files`, with rate and time left; `update(n)` moves it."""
+    @contextlib.contextmanager
+    def reading(self, what: str, files: Iterable[SourceFile]) -> Iterator[OnBytes]:
+        """A bar over the bytes of `files`, with rate and time left; gives the function that moves it."""
         total = sum(file.bytes for file in files)
-        return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=self._disable)
+        with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=self._disable) as bar:
+            yield bar.update
 
     def steps(self, what: str, parts: Iterable[T], total: int) -> Iterator[T]:
         """`parts` as they come, with a bar over `total` of them."""

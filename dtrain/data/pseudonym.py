@@ -71,7 +71,9 @@ def _parse(text: str, where: str) -> bytes:
     except ValueError:
         raise ConfigError(f"{where}: is no hexadecimal key; make one with: openssl rand -hex {_KEY_BYTES}") from None
     if len(key) < _LEAST_BYTES:
-        raise ConfigError(f"{where}: {len(key)} bytes; a key has at least {_LEAST_BYTES}: openssl rand -hex {_KEY_BYTES}")
+        raise ConfigError(
+            f"{where}: {len(key)} bytes; a key has at least {_LEAST_BYTES}: openssl rand -hex {_KEY_BYTES}"
+        )
     return key
 
 

@@ -44,7 +44,7 @@ def read_tables(
     wanted = list(dict.fromkeys([*(c for c in columns if c != item or not source.history), *source.history]))
     with open_unpacked(file, source, on_bytes) as stream:
         for table in READERS[source.reader](stream, source, wanted, checked):
-            yield _unrolled(table, source, item) if source.history else table
+            yield _unrolled(table, source, item, checked) if source.history else table
 
 
 def _require(names: Sequence[str], wanted: Sequence[str], path: str) -> None:
@@ -58,19 +58,26 @@ def _numbered(table: pa.Table, first: int) -> pa.Table:
     return table.append_column(ROW, pa.array(np.arange(first, first + table.num_rows, dtype=np.int64)))
 
 
-def _unrolled(table: pa.Table, source: SourceConfig, item: str) -> pa.Table:
+def _unrolled(table: pa.Table, source: SourceConfig, item: str, checked: Checked) -> pa.Table:
+    """One row an item, in the order of the history columns and of the items in each."""
+    for name in source.history:
+        if not pa.types.is_list(table.schema.field(name).type):
+            text, bad = as_text(table[name])
+            table = table.set_column(table.schema.get_field_index(name), name, text)
+            table, _ = checked.without(table, bad, name, "a history must be UTF-8 text", "correct the row")
     parts = []
     for name in source.history:
         column = table[name].combine_chunks()
-        if not pa.types.is_list(column.type):
-            column = pc.split_pattern(pc.fill_null(as_text(column)[0], ""), source.history_separator)
-        parts.append(column.cast(pa.list_(pa.string())))
+        lists = column if pa.types.is_list(column.type) else pc.split_pattern(column, source.history_separator)
+        parts.append(lists.cast(pa.list_(pa.string())))
     counts_HN = np.stack([pc.fill_null(pc.list_value_length(part), 0).to_numpy() for part in parts])
     values = pa.concat_arrays([part.flatten() for part in parts])
     owner = np.concatenate([np.repeat(np.arange(table.num_rows), counts) for counts in counts_HN])
     order = np.argsort(owner, kind="stable")  # within a row: first column first
-    return table.drop_columns(list(source.history)).take(pa.array(owner[order])).append_column(
-        item, values.take(pa.array(order))
+    return (
+        table.drop_columns(list(source.history))
+        .take(pa.array(owner[order]))
+        .append_column(item, values.take(pa.array(order)))
     )
 
 
@@ -148,7 +155,9 @@ def _separated(
         reason = "a row is longer than 2 MiB" if "straddling" in str(error) else "its rows can't be told apart"
         raise DataError(f"{checked.path}: {reason}; check separator, quote and encoding") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{checked.path}: bytes that are not {error.encoding}; set `encoding` to the file's own") from None
+        raise DataError(
+            f"{checked.path}: bytes that are not {error.encoding}; set `encoding` to the file's own"
+        ) from None
 
 
 def _refuse(bad: list[tuple[int, int]], expected: int, checked: Checked) -> None:

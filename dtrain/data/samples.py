@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.data.buckets import Histories, read_histories
+from dtrain.data.items import item_ids
 from dtrain.data.manifest import ShardEntry
 from dtrain.data.schema import EVAL, SAMPLE
 from dtrain.data.shards import SHARD_SAMPLES, write_shard
 from dtrain.data.splits import Cuts, Split, Windows, cut_windows, split_histories
 
-__all__ = ["BucketTask", "Survey", "Written", "survey_bucket", "write_bucket"]
+__all__ = ["BucketTask", "Survey", "survey_bucket", "write_bucket"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,21 @@ class BucketTask:
     timed: bool
     window: int  # items
     overlap: int  # items
+
+    @property
+    def test_lines(self) -> Path:
+        """Sorted lines `user TAB item` of the test targets, in raw ids."""
+        return self.bucket.with_suffix(".lines")
+
+    @property
+    def valid_rows(self) -> Path:
+        """Arrow file of the bucket's valid rows."""
+        return self.bucket.with_suffix(".valid.arrow")
+
+    @property
+    def test_rows(self) -> Path:
+        """Arrow file of the bucket's test rows."""
+        return self.bucket.with_suffix(".test.arrow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,15 +65,6 @@ class Survey:
     short_rows: int  # dropped: the user has too few items
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """Files of one bucket. `valid` and `test` are Arrow files with EVAL schema."""
-
-    shards: tuple[ShardEntry, ...]
-    valid: Path
-    test: Path
-
-
 def _prepared(task: BucketTask) -> tuple[Histories, Histories, Split, np.ndarray]:
     """The bucket's histories before and after dropping rare items and short users, their split and kept items."""
     kept_items = np.load(task.kept_items, allow_pickle=False)
@@ -67,7 +74,7 @@ def _prepared(task: BucketTask) -> tuple[Histories, Histories, Split, np.ndarray
 
 
 def _target_rows(histories: Histories, at: np.ndarray) -> np.ndarray:
-    return (histories.offsets[:-1] + at)[at >= 0]
+    return np.asarray((histories.offsets[:-1] + at)[at >= 0])
 
 
 def _windows(histories: Histories, split: Split, task: BucketTask) -> Windows:
@@ -91,11 +98,10 @@ def survey_bucket(task: BucketTask) -> Survey:
     position = np.arange(len(kept.items)) - np.repeat(kept.offsets[:-1], np.diff(kept.offsets))
     trains = position < split.train_rows[kept.owner]
     test = _target_rows(kept, split.test_at)
-    with pa.memory_map(str(task.items)) as file:
-        names = pa.ipc.open_file(file).read_all()["item"].combine_chunks().take(pa.array(kept.items[test]))
+    names = item_ids(task.items).take(pa.array(kept.items[test]))
     users = kept.users.filter(pa.array(split.test_at >= 0))
     lines = sorted(f"{u}\t{i}".encode() for u, i in zip(users.to_pylist(), names.to_pylist(), strict=True))
-    task.bucket.with_suffix(".lines").write_bytes(b"".join(line + b"\n" for line in lines))
+    task.test_lines.write_bytes(b"".join(line + b"\n" for line in lines))
     frequent = int(np.count_nonzero(kept_items[histories.items]))
     return Survey(
         users=len(kept.users),
@@ -109,26 +115,26 @@ def survey_bucket(task: BucketTask) -> Survey:
     )
 
 
-def write_bucket(task: BucketTask, catalog_rows: Path, folder: Path, relative: str, first_shard: int) -> Written:
-    """Write the bucket's shards, numbered from `first_shard`, into `folder`, and its valid and test rows beside it.
+def write_bucket(
+    numbered: tuple[BucketTask, int], *, catalog_rows: Path, folder: Path, relative: str
+) -> tuple[ShardEntry, ...]:
+    """Write a bucket's shards, numbered from the given first one, into `folder`; its valid and test rows beside it.
 
     `catalog_rows` (.npy) maps items to rows of the final catalogue; `relative` is the folder's path in the manifest.
     """
+    task, first_shard = numbered
     _, kept, split, _ = _prepared(task)
-    final = np.load(catalog_rows, allow_pickle=False)[kept.items].astype(np.int32)
+    final = np.load(catalog_rows, allow_pickle=False)[kept.items]
     windows = _windows(kept, split, task)
     shards = []
-    for index, start in enumerate(range(0, len(windows.user), SHARD_SAMPLES)):
-        number = first_shard + index
+    for number, start in enumerate(range(0, len(windows.user), SHARD_SAMPLES), start=first_shard):
         name = f"train-{number:05d}.tar"
         table = _samples(kept, final, windows, slice(start, start + SHARD_SAMPLES), timed=task.timed)
         shards.append(write_shard(folder / name, number, table, relative=f"{relative}/{name}"))
-    paths = []
-    for part, at in (("valid", split.valid_at), ("test", split.test_at)):
-        paths.append(task.bucket.with_suffix(f".{part}.arrow"))
-        with open(paths[-1], "wb") as file, pa.ipc.new_file(file, EVAL) as writer:
+    for path, at in ((task.valid_rows, split.valid_at), (task.test_rows, split.test_at)):
+        with open(path, "wb") as file, pa.ipc.new_file(file, EVAL) as writer:
             writer.write_table(_targets(kept, final, at, timed=task.timed))
-    return Written(shards=tuple(shards), valid=paths[0], test=paths[1])
+    return tuple(shards)
 
 
 def _spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -117,7 +117,9 @@ class ShardReader:
             raise CorruptFile(f"{where}: not readable as an Arrow block ({type(error).__name__}); {fix}") from error
         if not table.schema.equals(SAMPLE) or table.num_rows != block.rows:
             raise CorruptFile(f"{where}: {table.num_rows} rows of another kind, not {block.rows} samples; {fix}")
-        values = pc.min_max(pc.list_flatten(table["items"])).as_py()
-        if not 0 <= values["min"] <= values["max"] < self.items:
-            raise CorruptFile(f"{where}: item {values['max']} is not one of the platform's {self.items} items; {fix}")
+        lengths = [pc.list_value_length(table[name]) for name in SAMPLE.names[1:]]
+        items = pc.list_flatten(table["items"])
+        known = pc.and_(pc.greater_equal(items, 0), pc.less(items, self.items))
+        if not all(lengths[0].equals(other) for other in lengths) or pc.all(known).as_py() is not True:
+            raise CorruptFile(f"{where}: its samples are no histories of the platform's {self.items} items; {fix}")
         return table

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -87,8 +88,8 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     try:
         with fsspec.open(path, "rb") as file:
             yield file
-    except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{path}: can't be opened ({type(error).__name__}); check that it exists and is readable") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or type(error).__name__}); check the file") from error
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ def open_unpacked(file: SourceFile, source: SourceConfig, on_bytes: OnBytes) -> 
                 yield stack.enter_context(archive.open(_member(archive, file.path, source.member)))
             else:
                 yield counted
-        except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError) as error:
+        except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DataError(f"{file.path}: a damaged {suffix} file ({error}); fetch it again") from error
 
 

@@ -46,4 +46,3 @@ class Template:
             spaced = pc.fill_null(pc.binary_join_element_wise(" ", text, ""), "")
             joined = pc.binary_join_element_wise(joined, spaced, "")
         return pc.if_else(filled, pc.utf8_trim_whitespace(joined), pa.scalar(None, pa.string()))
-

@@ -77,6 +77,16 @@ class BaseEngine(abc.ABC):
         return self._module
 
     @property
+    def precision(self) -> str:
+        """Of the weights that the forward pass uses: "fp32", "bf16" or "fp16"."""
+        return self._setup.precision
+
+    @property
+    def precision(self) -> str:
+        """What the passes compute in: "fp32", "bf16" or "fp16"."""
+        return self._setup.precision
+
+    @property
     @abc.abstractmethod
     def inner(self) -> torch.optim.Optimizer:
         """The torch optimizer that holds the moments."""

@@ -31,7 +31,6 @@ from dtrain.engine.base import BaseEngine, Piece, Setup
 from dtrain.engine.deepspeed_keys import check_keys
 from dtrain.engine.optimizer import make_optimizer, prime
 
-
 __all__ = ["DeepSpeedEngine"]
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -49,7 +48,13 @@ class DeepSpeedEngine(BaseEngine):
         check_keys(setup.engine.deepspeed)
         self._stage = setup.engine.zero_stage
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        exact = {} if setup.precision == "fp32" else {n: p.detach().clone() for n, p in model.named_parameters()}
+        low = setup.precision != "fp32"
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if low else {}
+        # The optimizer keeps no fp32 copy of frozen weights; rounding and partitioning make one necessary.
+        frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        if low or self._stage == 3:
+            frozen = {name: p.to("cpu", copy=True) for name, p in frozen.items()}
+        self._frozen = frozen
         _join(setup.comm)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -78,7 +83,7 @@ class DeepSpeedEngine(BaseEngine):
 
     def _update(self, loss: Tensor) -> float:
         self._engine.backward(loss * self._comm.world.size)  # DeepSpeed averages over ranks, dtrain sums
-        if self._stage == 0 and self._setup.precision == "fp32":  # here alone it neither checks nor measures
+        if self._stage == 0 and self.precision == "fp32":  # here alone it neither checks nor measures
             norm = nn.utils.get_total_norm(p.grad for p in self._trainable.values() if p.grad is not None).item()
             if not math.isfinite(norm):
                 self._engine.zero_grad()
@@ -99,7 +104,7 @@ class DeepSpeedEngine(BaseEngine):
 
     def _whole_masters(self) -> dict[str, Tensor]:
         """Stage 0: parameter name -> the tensor that is updated in its place."""
-        if self._setup.precision == "fp32":
+        if self.precision == "fp32":
             return dict(self._trainable)
         pairs = zip(self._zero.fp16_groups, self._zero.fp32_groups, strict=True)
         masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
@@ -107,13 +112,13 @@ class DeepSpeedEngine(BaseEngine):
 
     def _pieces(self) -> Iterator[Piece]:
         masters = self._whole_masters() if self._stage == 0 else {}
-        for name, parameter in self._module.named_parameters():
-            if self._stage == 3:
-                yield from self._partition_piece(name, parameter)
-            elif not parameter.requires_grad:
-                yield Piece(name, tuple(parameter.shape), 0, parameter.detach().view(-1), {}, shared=True)
-            elif self._stage == 0:
+        for name, tensor in self._frozen.items():
+            yield Piece(name, tuple(tensor.shape), 0, tensor.view(-1), {}, shared=True)
+        for name, parameter in self._trainable.items():
+            if self._stage == 0:
                 yield self._piece(name, parameter, 0, masters[name], self.inner.state[masters[name]])
+            elif self._stage == 3:
+                yield from self._partition_piece(name, parameter)
             elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 start = mapping.lp_fragment_address.start
                 yield self._piece(name, parameter, start, mapping.hp_fragment, mapping.optim_fragment)
@@ -124,31 +129,42 @@ class DeepSpeedEngine(BaseEngine):
         return Piece(name, tuple(parameter.shape), offset, flat, moments, shared=self._stage == 0)
 
     def _partition_piece(self, name: str, parameter: Any) -> Iterator[Piece]:
-        """ZeRO-3's stretch, without the padding that fills up the last ranks."""
+        cut = self._partition(parameter)
+        if cut.stop > cut.start:
+            kinds = (None, *self._setup.optimizer.moments)
+            master, *moments = (self._zero._get_fp32_opt_state_partition(parameter, True, kind)[0] for kind in kinds)
+            numel = cut.stop - cut.start
+            kept = {kind: flat[:numel] for kind, flat in zip(self._setup.optimizer.moments, moments, strict=True)}
+            yield Piece(name, tuple(parameter.ds_shape), cut.start, master[:numel], kept, shared=False)
+
+    def _partition(self, parameter: Any) -> slice:
+        """ZeRO-3: the elements that this rank keeps, without the padding that fills up the last ranks."""
         size, numel = int(parameter.ds_tensor.ds_numel), int(parameter.ds_numel)
-        offset = size * self._comm.world.rank
-        keep = min(size, numel - offset)
-        if keep <= 0:
-            return
-        kinds = (None, *self._setup.optimizer.moments) if parameter.requires_grad else ()
-        flat = [self._zero._get_fp32_opt_state_partition(parameter, True, kind)[0][:keep] for kind in kinds]
-        master = flat[0] if flat else parameter.ds_tensor.data[:keep]
-        moments = dict(zip(self._setup.optimizer.moments, flat[1:], strict=False))
-        yield Piece(name, tuple(parameter.ds_shape), offset, master, moments, shared=False)
+        start = min(numel, size * self._comm.world.rank)
+        return slice(start, min(numel, start + size))
 
     def _masters_changed(self) -> None:
         if self._stage == 3:
-            self._zero._partition_all_parameters()
-            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            kept_whole = self._zero.persistent_parameters  # small ones, never released between steps
-            if kept_whole:
-                kept_whole[0].all_gather(kept_whole)
-        elif self._stage > 0:
+            self._partitions_changed()
+            return
+        if self._stage > 0:
             self._zero.update_lp_params()
-        elif self._setup.precision != "fp32":
-            for name, master in self._whole_masters().items():
-                self._trainable[name].data.copy_(master)
+        masters = {**self._frozen, **(self._whole_masters() if self._stage == 0 else {})}
+        parameters = dict(self._module.named_parameters())
+        for name, master in masters.items():
+            parameters[name].data.copy_(master)  # onto itself in fp32
+
+    def _partitions_changed(self) -> None:
+        self._zero._partition_all_parameters()
+        parameters: dict[str, Any] = dict(self._module.named_parameters())
+        for name, master in self._frozen.items():
+            cut = self._partition(parameters[name])
+            parameters[name].ds_tensor.data[: cut.stop - cut.start].copy_(master.view(-1)[cut])
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        kept_whole = self._zero.persistent_parameters  # small ones, never released between steps
+        if kept_whole:
+            kept_whole[0].all_gather(kept_whole)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -168,13 +184,13 @@ class DeepSpeedEngine(BaseEngine):
                 hooks.setup_zero_stage3_hooks()
 
     def _scaler(self) -> dict[str, Any] | None:
-        if self._setup.precision != "fp16":
+        if self.precision != "fp16":
             return None
         scaler = self._scaler_object()
         return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
 
     def _load_scaler(self, saved: dict[str, Any]) -> None:
-        if self._setup.precision == "fp16":
+        if self.precision == "fp16":
             scaler = self._scaler_object()
             for key in saved.keys() & vars(scaler).keys():
                 setattr(scaler, key, saved[key])

@@ -19,7 +19,6 @@ FREE = frozenset(
     {
         "activation_checkpointing",
         "aio",
-        "allgather_size",
         "bf16",
         "comet",
         "comms_logger",
@@ -85,7 +84,7 @@ OWNED = {
 
 
 def check_keys(keys: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that dtrain owns, and for one that DeepSpeed does not read."""
+    """Raise ConfigError for a key that dtrain owns, and for any other that is not in FREE."""
     for name, value in keys.items():
         nested = [f"{name}.{child}" for child in value] if isinstance(value, Mapping) else []
         for path in [name, *nested]:
@@ -93,4 +92,5 @@ def check_keys(keys: Mapping[str, Any]) -> None:
                 raise ConfigError(f"engine.deepspeed.{path}: this key is dtrain's; {OWNED[path]} instead")
         if name not in FREE:
             known = sorted(FREE | {key for key in OWNED if "." not in key})
-            raise ConfigError(f"engine.deepspeed.{name}: DeepSpeed has no such key.{nearest(name, known)}")
+            hint = nearest(name, known)
+            raise ConfigError(f"engine.deepspeed.{name} is not a key that dtrain passes through to DeepSpeed.{hint}")

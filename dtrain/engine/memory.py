@@ -13,7 +13,8 @@ def estimate(
     """Bytes per rank of a model with `trainable` and `frozen` parameters, without activations and buffers.
 
     `precision` is a resolved one. Keys: weights (as computed with), gradients, masters (fp32 copies), moments,
-    device (what of it lies on the device) and host (what offloading keeps in host memory). Under ZeRO
+    device (what of it lies on the device) and host (what offloading puts into host memory, and exact copies of frozen
+    weights where the device's are rounded or partitioned). Under ZeRO
     (arXiv:1910.02054) stage 1 cuts masters and moments over the ranks, 2 gradients, 3 weights. DeepSpeed's stages 1-3
     keep a master copy even in fp32.
     """
@@ -31,5 +32,6 @@ def estimate(
         "moments": 4 * len(optimizer.moments) * cut(trainable, 1),
     }
     offloaded = {"none": [], "optimizer": ["masters", "moments"], "parameters": ["masters", "moments", "weights"]}
-    host = sum(parts[name] for name in offloaded[config.offload])
-    return {**parts, "device": sum(parts.values()) - host, "host": host}
+    moved = sum(parts[name] for name in offloaded[config.offload])
+    exact = 4 * frozen if precision != "fp32" or stage == 3 else 0
+    return {**parts, "device": sum(parts.values()) - moved, "host": moved + exact}

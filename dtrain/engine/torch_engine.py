@@ -24,13 +24,13 @@ class TorchEngine(BaseEngine):
     def __init__(self, model: nn.Module, setup: Setup) -> None:
         super().__init__(model.to(setup.comm.device), setup)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._masters: dict[str, Tensor] = dict(self._trainable)
+        self._masters: dict[str, Tensor] = dict(model.named_parameters())
         if setup.precision != "fp32":
-            self._masters = {name: p.detach().float().clone() for name, p in self._trainable.items()}
+            self._masters = {name: p.detach().clone() for name, p in self._masters.items()}
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(DTYPES[setup.precision])
         self._inner = make_optimizer(setup.optimizer, model, setup.roles, self._masters)
-        prime(self._inner, setup.optimizer, self._masters.values())
+        prime(self._inner, setup.optimizer, (self._masters[name] for name in self._trainable))
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -48,7 +48,8 @@ class TorchEngine(BaseEngine):
                 dist.all_reduce(gradient)
             parameter.grad = None
             self._masters[name].grad = gradient
-        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._setup.engine.clip_norm or math.inf).item()
+        masters = [self._masters[name] for name in self._trainable]
+        norm = nn.utils.clip_grad_norm_(masters, self._setup.engine.clip_norm or math.inf).item()
         if math.isfinite(norm):
             self._inner.step()
             self._masters_changed()
@@ -57,17 +58,15 @@ class TorchEngine(BaseEngine):
 
     @torch.no_grad()
     def _masters_changed(self) -> None:
-        if self._setup.precision != "fp32":
-            for name, parameter in self._trainable.items():
+        if self.precision != "fp32":
+            for name, parameter in self._module.named_parameters():
                 parameter.copy_(self._masters[name])
 
     def _pieces(self) -> Iterator[Piece]:
-        for name, parameter in self._module.named_parameters():
-            master = self._masters.get(name)
-            state = {} if master is None else self._inner.state[master]
-            moments = {key: state[key].view(-1) for key in self._setup.optimizer.moments if key in state}
-            flat = (parameter if master is None else master).detach().view(-1)
-            yield Piece(name, tuple(parameter.shape), 0, flat, moments, shared=True)
+        for name, master in self._masters.items():
+            keys = self._setup.optimizer.moments if name in self._trainable else ()
+            moments = {key: self._inner.state[master][key].view(-1) for key in keys}
+            yield Piece(name, tuple(master.shape), 0, master.detach().view(-1), moments, shared=True)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:

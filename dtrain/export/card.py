@@ -22,7 +22,7 @@ def model_card(name: str, facts: Mapping[str, Any], metrics: Mapping[str, Any] |
     lines += ["---", "", f"# {name}", ""]
     lines += [
         f"`{facts['encoder']}`, fine-tuned by dtrain {facts['versions']['dtrain']} jointly on the interactions of "
-        f"{len(platforms)} platforms: {', '.join(platforms)}. The encoder turns an item's text into a vector; the folder "
+        f"{len(platforms)} platforms: {', '.join(platforms)}. The encoder turns an item's text into a vector; "
         "`recommender/` holds the rest of the model (id vectors, adapters, user encoder) and every item's vector.",
         "",
         "| platform | language | users | items | training rows | split fingerprint |",

@@ -146,7 +146,9 @@ class LoadedRecommender:
             raise DataError(f"events has {len(events)} entries for a history of {length}; give one for each item")
         for event in events:
             if event not in known:
-                raise DataError(f"event {event!r} is not one of {platform}'s {', '.join(known)}.{nearest(event, known)}")
+                raise DataError(
+                    f"event {event!r} is not one of {platform}'s {', '.join(known)}.{nearest(event, known)}"
+                )
         return [known.index(event) for event in events]
 
 

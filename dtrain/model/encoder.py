@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         self.pooling = config.pooling
         self.model = _open(config, pretrained=pretrained)
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if isinstance(pooler := getattr(self.model, "pooler", None), nn.Module):
             pooler.requires_grad_(False)
         shape = self.model.config

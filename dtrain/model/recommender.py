@@ -106,7 +106,7 @@ class Recommender(nn.Module):
         at_T = (chunk.weight_BL > 0).flatten().nonzero()[:, 0]
         history_T = at_T // chunk.weight_BL.shape[1]
         item_BLD = F.embedding(chunk.item_BL, vector_UD)
-        user_TD = self.user(item_BLD, chunk.event_BL, chunk.platform_B, at_T)
+        user_TD: Tensor = self.user(item_BLD, chunk.event_BL, chunk.platform_B, at_T)
         if self.objective.normalize:
             user_TD = unit(user_TD)
         target_T, weight_T = chunk.target_BL.flatten()[at_T], chunk.weight_BL.flatten()[at_T].float()

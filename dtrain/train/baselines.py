@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtrain.batches.ragged import cells
 from dtrain.core.comm import Comm
 from dtrain.data.evalset import Ragged
 from dtrain.data.manifest import Manifest
@@ -113,7 +114,7 @@ def transitions(table: Transitions, histories: Ragged) -> Scorer:
         source = histories.values[stops[user] - 1 - back].astype(np.int64)
         # Every asked item's row of the table, end to end: `entry` is the index of each of its weights.
         size = np.diff(table.offset)[source]
-        entry = np.arange(size.sum()) + np.repeat(table.offset[source] - (np.cumsum(size) - size), size)
+        entry = cells(table.offset[source], size)
         cell = np.repeat(user * items, size) + table.item[entry]
         weight = table.weight[entry] * np.repeat(1.0 / (1 + back), size)
         flat = np.bincount(cell, weights=weight, minlength=len(lengths) * items)

@@ -39,7 +39,9 @@ class DistConfig:
 
     def __post_init__(self) -> None:
         if self.timeout_s <= 0 or self.threads < 0:
-            raise ConfigError(f"dist.timeout_s={self.timeout_s} must be above 0 and dist.threads={self.threads} not below")
+            raise ConfigError(
+                f"dist.timeout_s={self.timeout_s} must be above 0 and dist.threads={self.threads} not below"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class TrainConfig:
     resume: str = "auto"  # auto: from the newest whole checkpoint of the run folder; never: refuse a used folder
     log_every: int = 10  # steps between log lines
     valid_every: int = 200  # steps between validations; 0: at the end only
+    valid_users: int = 0  # users of each platform to validate on, a fixed random sample; 0: all
+    valid_remembered: bool = False  # validate with remembered item vectors instead of encoding every item again
     checkpoint_every: int = 200  # steps between checkpoints; every new best is one too; 0: those and the end only
     metric: str = "ndcg@10"  # validated metric that stops the run and picks the best checkpoint
     aggregate: str = "macro"  # over platforms: macro (mean) or worst
@@ -67,7 +71,14 @@ class TrainConfig:
             value = getattr(self, key)
             if value not in allowed:
                 raise ConfigError(f"train.{key}={value!r} is none of {', '.join(allowed)}.{nearest(value, allowed)}")
-        for key, low in (("steps", 1), ("log_every", 1), ("valid_every", 0), ("checkpoint_every", 0), ("max_skipped", 1)):
+        for key, low in (
+            ("steps", 1),
+            ("log_every", 1),
+            ("valid_every", 0),
+            ("valid_users", 0),
+            ("checkpoint_every", 0),
+            ("max_skipped", 1),
+        ):
             if getattr(self, key) < low:
                 raise ConfigError(f"train.{key}={getattr(self, key)}: must be at least {low}")
 

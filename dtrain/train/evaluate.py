@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from dtrain.core.comm import Comm
-from dtrain.core.errors import ConfigError, TrainError
+from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
-from dtrain.data.catalog import Catalog
-from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
 from dtrain.model.recommender import Recommender
-from dtrain.train.baselines import BASELINES, count_transitions, popularity, transitions, zero_shot
+from dtrain.train.baselines import count_transitions, popularity, transitions, zero_shot
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
-from dtrain.train.metrics import SHORT_HISTORY, Metrics, aggregates, gains, slices
-from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer, rank_targets
+from dtrain.train.metrics import Metrics, aggregates, gains
+from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer
+from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, subjects
 from dtrain.train.vectors import TextEncoder, Tokens, encode_catalog, encode_users, item_vectors
 
-__all__ = ["COMPARED", "EvaluateConfig", "Subject", "evaluate", "model_scorer", "shared_ranks", "subjects", "validate"]
+__all__ = ["COMPARED", "EvaluateConfig", "evaluate", "model_scorer", "platform_report", "validate", "with_aggregates"]
 
 log = logging.getLogger("dtrain")
 
@@ -45,92 +44,17 @@ class EvaluateConfig:
     resamples: int = RESAMPLES  # bootstrap resamples, at least 1000
     batch_tokens: int = 16384  # cells of one batch of texts, padding included
     block_bytes: int = BLOCK_BYTES  # scores held at a time, in bytes
+    rerank_users: int = 1000  # users of each platform that a reranker is evaluated on, a fixed random sample; 0: all
 
     def __post_init__(self) -> None:
         if self.split not in ("test", "valid"):
             raise ConfigError(f"evaluate.split={self.split!r} is neither test nor valid")
-        for name, low in (("resamples", 1000), ("batch_tokens", 1), ("block_bytes", 1)):
+        for name, low in (("resamples", 1000), ("batch_tokens", 1), ("block_bytes", 1), ("rerank_users", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"evaluate.{name}={getattr(self, name)} is below {low}; use at least {low}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """One platform's part of an evaluation. Users are ordered by their hashed id."""
-
-    name: str
-    number: int  # the platform's index
-    first_row: int  # global row of its first item
-    split_fingerprint: str
-    catalog: Catalog
-    users: EvalSet
-
-    @property
-    def items(self) -> int:
-        return len(self.catalog)
-
-    @property
-    def rows(self) -> slice:
-        """Its items among those of all platforms."""
-        return slice(self.first_row, self.first_row + self.items)
-
-
-def subjects(manifest: Manifest, split: str) -> list[Subject]:
-    """Open every platform's catalogue and evaluation set, in the order of the manifest."""
-    found: list[Subject] = []
-    first_row = 0
-    for number, (name, entry) in enumerate(manifest.platforms.items()):
-        catalog, users = Catalog.open(manifest, name), EvalSet.open(manifest, name, split)
-        found.append(
-            Subject(
-                name=name,
-                number=number,
-                first_row=first_row,
-                split_fingerprint=entry.split_fingerprint,
-                catalog=catalog,
-                users=users,
-            )
-        )
-        first_row += len(catalog)
-    return found
-
-
-def shared_ranks(
-    subject: Subject,
-    scorer_of: Callable[[slice], Scorer],
-    comm: Comm,
-    *,
-    max_users: int = 0,
-    block_bytes: int = BLOCK_BYTES,
-) -> np.ndarray:
-    """Rank of every user's target, int64 [users], in user order, on every rank; each rank ranks its share of users.
-
-    `scorer_of(share)` makes the scorer of a slice of users. `max_users`: only the first that many users (0: all),
-    which is a fixed random sample, since users are ordered by hash. Raises TrainError on every rank where one fails.
-    """
-    total = min(max_users or len(subject.users), len(subject.users))
-    share = comm.world.share(total)
-    own, failure = np.zeros(0, dtype=np.int64), ""
-    try:
-        own = rank_targets(
-            scorer_of(share),
-            subject.users.targets[share],
-            subject.users.histories[share],
-            items=subject.items,
-            block_bytes=block_bytes,
-        )
-    except TrainError as error:
-        failure = f"platform {subject.name!r}: {error}"
-    # All or none: a rank that raised alone would leave the others waiting in the gather below.
-    for message in comm.gather_json(failure):
-        if message:
-            raise TrainError(message)
-    return np.concatenate([np.frombuffer(part, dtype=np.int64) for part in comm.gather_bytes(own.tobytes())])
-
-
-def model_scorer(
-    model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device
-) -> Callable[[slice], Scorer]:
+def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
     """Scorers of the model for slices of a platform's users, from the text vectors of all platforms' items."""
     item_ND, bias_N = item_vectors(
         model,
@@ -154,13 +78,6 @@ def model_scorer(
         return dot_scorer(user_BD * scale, item_ND, bias_N)
 
     return scorer_of
-
-
-def _slices(subject: Subject, rank_B: np.ndarray, split: str) -> dict[str, Metrics]:
-    users = slice(0, len(rank_B))
-    cold_B = subject.catalog.counts[subject.users.targets[users]] == 0
-    short_B = np.diff(subject.users.histories[users].offsets) <= SHORT_HISTORY
-    return slices(rank_B, cold_B, short_B, split)
 
 
 def validate(
@@ -187,7 +104,7 @@ def validate(
         if len(subject.users):
             scorer_of = model_scorer(model, text_NH, subject, comm.device)
             rank_B = shared_ranks(subject, scorer_of, comm, max_users=max_users)
-            found[subject.name] = _slices(subject, rank_B, "all")["all"]
+            found[subject.name] = subject.slices(rank_B)[subject.split]
     return found
 
 
@@ -215,13 +132,13 @@ def evaluate(
         began = time.perf_counter()
         scorers = {
             "model": model_scorer(model, text_NH, subject, comm.device),
-            **_baseline_scorers(subject, manifest, plain_NH[subject.rows].to(comm.device), comm),
+            **_baselines(subject, manifest, plain_NH[subject.rows].to(comm.device), comm),
         }
-        ranks = {
+        rank_B = {
             name: shared_ranks(subject, scorer_of, comm, block_bytes=config.block_bytes)
             for name, scorer_of in scorers.items()
         }
-        report[subject.name] = _platform_report(subject, ranks, config)
+        report[subject.name] = platform_report(subject, rank_B.pop("model"), rank_B, config)
         seconds = time.perf_counter() - began
         log.info(
             "%s: ranked %d items for %d users, 4 ways, in %.1f s",
@@ -230,18 +147,10 @@ def evaluate(
             len(subject.users),
             seconds,
         )
-    return {
-        "split": config.split,
-        "seed": config.seed,
-        "resamples": config.resamples,
-        "platforms": report,
-        **aggregates({name: block[config.split] for name, block in report.items()}),
-    }
+    return with_aggregates(report, config, ranked="full catalogue")
 
 
-def _baseline_scorers(
-    subject: Subject, manifest: Manifest, plain_NH: Tensor, comm: Comm
-) -> dict[str, Callable[[slice], Scorer]]:
+def _baselines(subject: Subject, manifest: Manifest, plain_NH: Tensor, comm: Comm) -> dict[str, ScorerOf]:
     counts, histories = subject.catalog.counts, subject.users.histories
     table = count_transitions(manifest, subject.name, counts, comm)
     return {
@@ -251,13 +160,16 @@ def _baseline_scorers(
     }
 
 
-def _platform_report(subject: Subject, ranks: Mapping[str, np.ndarray], config: EvaluateConfig) -> dict[str, Any]:
+def platform_report(
+    subject: Subject, rank_B: np.ndarray, baseline_ranks: Mapping[str, np.ndarray], config: EvaluateConfig
+) -> dict[str, Any]:
+    """One platform's block of metrics.json, from the ranks of the model and of each baseline for the same users."""
     baselines = {}
-    for name in BASELINES:
-        block: dict[str, Any] = dict(_slices(subject, ranks[name], config.split))
+    for name, other_B in baseline_ranks.items():
+        block: dict[str, Any] = dict(subject.slices(other_B))
         block["difference"] = {
             metric: _interval(
-                gains(ranks["model"], metric) - gains(ranks[name], metric),
+                gains(rank_B, metric) - gains(other_B, metric),
                 seed_of(config.seed, subject.name, name, metric),
                 config.resamples,
             )
@@ -265,11 +177,23 @@ def _platform_report(subject: Subject, ranks: Mapping[str, np.ndarray], config: 
         }
         baselines[name] = block
     return {
-        "users": len(subject.users),
+        "users": len(rank_B),
         "items": subject.items,
         "split_fingerprint": subject.split_fingerprint,
-        **_slices(subject, ranks["model"], config.split),
+        **subject.slices(rank_B),
         "baselines": baselines,
+    }
+
+
+def with_aggregates(platforms: Mapping[str, Any], config: EvaluateConfig, *, ranked: str) -> dict[str, Any]:
+    """The whole of metrics.json. `ranked` says what each target was ranked among."""
+    return {
+        "split": config.split,
+        "ranked": ranked,
+        "seed": config.seed,
+        "resamples": config.resamples,
+        "platforms": dict(platforms),
+        **aggregates({name: block[config.split] for name, block in platforms.items()}),
     }
 
 

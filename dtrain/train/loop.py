@@ -13,10 +13,10 @@ from tqdm import tqdm
 from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
 from dtrain.data.batch import PairBatch, StepBatch
-from dtrain.data.ledger import Ledger
 from dtrain.data.stream import StepSamples, Stream
 from dtrain.engine.protocol import Engine, StepResult
 from dtrain.train.config import TrainConfig
+from dtrain.train.ledgers import LedgerBook
 from dtrain.train.meter import Meter
 from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopping import Stopping, aggregate
@@ -61,7 +61,7 @@ class Loop:
     stream: Stream
     collate: Callable[[StepSamples], StepBatch | PairBatch]
     engine: Engine
-    ledger: Ledger | None
+    ledger: LedgerBook | None
     validate: Callable[[], dict[str, dict[str, float]]]
     save: Callable[[LoopState, bool], None]
     folder: RunFolder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.checkpoint.store import CheckpointStore, Commit
+from dtrain.checkpoint.commits import Commit
+from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.state import FragmentSource
 from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
-from dtrain.train.setup import Inputs, build_module, open_inputs
+from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
-__all__ = ["OpenRun", "load_weights", "open_run", "read_run_config"]
+__all__ = ["OpenRun", "check_fingerprints", "load_weights", "open_run", "read_run_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,10 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), which: 
     store = CheckpointStore(path / "checkpoints", comm, config.checkpoint)
     commit = (store.best() if which == "best" else None) or store.latest()
     if commit is None:
-        raise CheckpointError(f"{store.root}: no whole checkpoint; train the run first")
-    inputs = open_inputs(config, tokenizer_from=path / "encoder")
+        raise CheckpointError(f"{path / 'checkpoints'}: no whole checkpoint; train the run first")
+    inputs = open_inputs(config, comm, tokenizer_from=path / "encoder")
     check_fingerprints(commit.fingerprints, inputs.fingerprints())
-    local = dataclasses.replace(
-        config.model, encoder=dataclasses.replace(config.model.encoder, name=str(path / "encoder"))
-    )
-    model = build_module(dataclasses.replace(config, model=local), inputs, pretrained=False)
+    model = build_module(pinned(config, path / "encoder"), inputs, pretrained=False)
     load_weights(model, store.open(commit))
     return OpenRun(path, config, inputs, model.eval(), commit)
 
@@ -72,13 +69,13 @@ def check_fingerprints(saved: dict[str, Any], now: dict[str, str]) -> None:
     for what, fix in (("tokenizer", "use the run's own tokenizer"), ("manifest", "restore that prepared folder")):
         if saved.get(what) != now[what]:
             raise StateMismatch(
-                f"{what} fingerprint {saved.get(what)} in the checkpoint, {now[what]} on disk; {fix}, or start a new run"
+                f"{what} fingerprint: {saved.get(what)} in the checkpoint, {now[what]} now; {fix}, or start a new run"
             )
 
 
 @torch.no_grad()
 def load_weights(module: nn.Module, source: FragmentSource) -> None:
-    """Fill every parameter and persistent buffer of `module` from a checkpoint. Raises StateMismatch on other shapes."""
+    """Fill parameters and persistent buffers of `module` from a checkpoint. Raises StateMismatch on other shapes."""
     kept = module.state_dict(keep_vars=True)
     parameters = dict(module.named_parameters())
     for name, tensor in kept.items():

@@ -63,7 +63,7 @@ class RunFolder:
         write_text(self.path / "config.yaml", config_yaml)
         write_json(self.path / "facts.json", facts)
         self._log = open(self.path / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._events = SummaryWriter(str(self.path / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._events = SummaryWriter(str(self.path / "tensorboard"))
 
     def drop_lines_after(self, step: int) -> None:
         """Forget logged steps after `step`, which a resumed run is about to take again."""

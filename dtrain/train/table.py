@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.train.baselines import BASELINES
-
 __all__ = ["number", "render_table"]
 
 
@@ -24,19 +22,21 @@ def render_table(metrics: Mapping[str, Any], metric: str = "ndcg@10") -> str:
     A lead whose interval lies above zero is marked +, one below zero -. Below the rows: the aggregates, the cold and
     short slices, and the split fingerprints.
     """
-    split = metrics["split"]
-    rows = [["platform", "users", "model", *(name for b in BASELINES for name in (b, "lead [95 % interval]"))]]
-    for name, block in metrics["platforms"].items():
+    split, platforms = metrics["split"], metrics["platforms"]
+    baselines = list(dict.fromkeys(name for block in platforms.values() for name in block["baselines"]))
+    rows = [["platform", "users", "model", *(cell for b in baselines for cell in (b, "lead [95 % interval]  "))]]
+    for name, block in platforms.items():
         row = [name, f"{block['users']:,}", number(block[split][metric])]
-        for baseline in BASELINES:
+        for baseline in baselines:
             other = block["baselines"][baseline]
             row += [number(other[split][metric]), _lead(other["difference"].get(metric))]
         rows.append(row)
     macro, worst = metrics["macro"], metrics["worst"]
-    lines = [f"{metric} on {split}: full catalogue, seen items excluded, ties count against", *_aligned(rows), ""]
+    title = f"{metric} on {split}, ranked among: {metrics['ranked']}; seen items excluded, ties count against"
+    lines = [title, *_aligned(rows), ""]
     lines.append(f"macro {number(macro[metric])} over {macro['platforms']} platforms")
     lines.append(f"worst {number(worst[metric])} ({worst['platform']})")
-    for name, block in metrics["platforms"].items():
+    for name, block in platforms.items():
         parts = [f"{part} {number(block[part][metric])} ({block[part]['users']:,} users)" for part in ("cold", "short")]
         lines.append(f"{name}: {', '.join(parts)}, split {block['split_fingerprint']}")
     return "\n".join(lines)
@@ -44,7 +44,7 @@ def render_table(metrics: Mapping[str, Any], metric: str = "ndcg@10") -> str:
 
 def _lead(difference: Mapping[str, float | None] | None) -> str:
     if not difference or difference["mean"] is None:
-        return "-"
+        return "-  "
     low, high = difference["low"], difference["high"]
     assert low is not None
     assert high is not None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.batches.ragged import cells, offsets_of, pad
 from dtrain.core.comm import Comm
 from dtrain.data.evalset import Ragged
 from dtrain.model.recommender import Recommender
@@ -57,10 +58,9 @@ def length_batches(lengths: np.ndarray, cells: int) -> Iterator[np.ndarray]:
 
 def _padded(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
     """Left-aligned rows `values[start : start + length]` as int64 [N, T], and which cells are real (bool)."""
-    mask_NT = np.arange(max(1, int(lengths.max(initial=0)))) < lengths[:, None]
-    cells_NT = np.zeros(mask_NT.shape, dtype=np.int64)
-    cells_NT[mask_NT] = values[(starts[:, None] + np.arange(mask_NT.shape[1]))[mask_NT]]
-    return torch.from_numpy(cells_NT), torch.from_numpy(mask_NT)
+    width = max(1, int(lengths.max(initial=0)))
+    rows_NT = pad(values[cells(starts, lengths)].astype(np.int64), lengths, width)
+    return torch.from_numpy(rows_NT), torch.from_numpy(np.arange(width) < lengths[:, None])
 
 
 def encode_catalog(
@@ -75,7 +75,7 @@ def encode_catalog(
     parts = [cache.ids(np.arange(len(cache))) for cache in caches]
     values = np.concatenate([np.asarray(v) for v, _ in parts])
     lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
-    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    starts = offsets_of(lengths)[:-1]
     first, text_of_item = _distinct(values, starts, lengths)
     starts, lengths = starts[first], lengths[first]
 

@@ -1,0 +1,113 @@
+"""A rank's samples of a step, together with those of the other ranks, as a `StepBatch`.
+
+What is decided here (table, candidates, fresh items, dropped ids) depends on the whole step alone: it is the same for
+every world size and accumulation. Two collectives a step: a union of item ids and a sum.
+
+Legend of shape suffixes: U distinct items of the step, Q this rank's positions end to end, C candidates end to end,
+G contrast blocks, P platforms.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dtrain.batches.config import BatchConfig
+from dtrain.batches.fresh import choose_fresh, fresh_share
+from dtrain.batches.histories import Positions, micro_batches
+from dtrain.batches.host import pin_for, sample_ids
+from dtrain.batches.items import Items
+from dtrain.core.comm import Comm
+from dtrain.data.batch import Block, ItemTable, StepBatch
+from dtrain.data.permute import hash64, uniform
+from dtrain.data.plan import StepPlan
+from dtrain.data.stream import StepSamples
+
+__all__ = ["Collator", "log_inclusion"]
+
+_FRESH, _DROP = 1, 2  # streams of a step's draws
+
+
+def log_inclusion(popularity_C: np.ndarray, targets_C: np.ndarray, drawn_C: np.ndarray) -> np.ndarray:
+    """float32 log of the probability that an item is among its block's candidates.
+
+    1 - (1 - f) ** t * (1 - d): it is missed neither by each of t targets drawn by popularity f, nor by the negatives,
+    which are the share d of the catalogue. The logQ correction (Bengio and Senecal 2008; Yi et al., RecSys 2019) of
+    candidates that are made distinct, where t * f alone would exceed 1.
+    """
+    missed_C = np.exp(targets_C * np.log1p(-np.minimum(popularity_C, 1 - 1e-12))) * (1 - drawn_C)
+    return np.asarray(np.log1p(-missed_C), np.float32)
+
+
+class Collator:
+    """`collator(samples)` makes the rank's `StepBatch`. A collective call: every rank makes it for the same step."""
+
+    def __init__(self, config: BatchConfig, items: Items, comm: Comm) -> None:
+        self._config, self._items, self._comm = config, items, comm
+        self._pin = pin_for(comm.device)
+
+    def __call__(self, samples: StepSamples) -> StepBatch:
+        plan, items, config = samples.plan, self._items, self._config
+        at = Positions.of(samples, items.offset_P)
+        block_Q = np.repeat(at.block_B, at.length_B)
+        hit_Q = at.weight_Q > 0
+        # One union for all: (block, item) pairs as one number; history items go under a block of their own.
+        asked = block_Q[hit_Q] * len(items) + at.next_Q[hit_Q]
+        seen = self._comm.union(np.concatenate([asked, len(plan.blocks) * len(items) + at.item_Q]))
+        targets_G = np.bincount(block_Q[hit_Q], minlength=len(plan.blocks))
+        platform_Q = np.repeat(at.platform_B, at.length_B)
+        weight_P = np.bincount(platform_Q[hit_Q], at.weight_Q[hit_Q], minlength=len(items.platforms))
+        summed = self._comm.sum(np.concatenate([weight_P, targets_G]))
+        target_weight_P, targets_G = np.split(summed, [weight_P.size])
+
+        pair_C = self._candidates(plan, seen)
+        row_U = np.unique(np.concatenate([seen, pair_C]) % len(items))
+        fresh_F = choose_fresh(row_U.size, config.fresh_items, hash64(plan.seed, _FRESH))
+        share = fresh_share(items, row_U, fresh_F, self._comm.world, config.accumulation, self._pin)
+        return StepBatch(
+            step=samples.step,
+            texts=share.texts,
+            share_rows=share.rows,
+            table=self._table(row_U, share.place_U, plan.seed),
+            histories=micro_batches(at, row_U, config.accumulation, self._pin),
+            blocks=self._blocks(plan, pair_C, row_U, targets_G),
+            target_weight_P=torch.from_numpy(target_weight_P),
+            tokens=share.tokens,
+            padded_tokens=sum(chunk.mask_NT.numel() for chunk in share.texts),
+            sample_ids=sample_ids(samples, items.platforms),
+        )
+
+    def _candidates(self, plan: StepPlan, seen: np.ndarray) -> np.ndarray:
+        """int64 [C]: (block, item) pairs of the candidates of all blocks, ascending: targets and negatives."""
+        items = self._items
+        targets = seen[: np.searchsorted(seen, len(plan.blocks) * len(items))]
+        negatives = [
+            index * len(items) + items.offset_P[block.platform] + block.negatives_K
+            for index, block in enumerate(plan.blocks)
+        ]
+        return np.unique(np.concatenate([targets, *negatives]))
+
+    def _blocks(
+        self, plan: StepPlan, pair_C: np.ndarray, row_U: np.ndarray, targets_G: np.ndarray
+    ) -> tuple[Block, ...]:
+        items = self._items
+        block_C, item_C = np.divmod(pair_C, len(items))
+        platform_G = np.array([block.platform for block in plan.blocks])
+        drawn_G = np.array([block.negatives_K.size for block in plan.blocks]) / np.diff(items.offset_P)[platform_G]
+        log_q_C = log_inclusion(items.popularity_I[item_C], targets_G[block_C], drawn_G[block_C])
+        place_C = np.searchsorted(row_U, item_C)
+        cuts = np.searchsorted(block_C, np.arange(1, len(plan.blocks)))
+        return tuple(
+            Block(platform=block.platform, candidate_C=self._pin(place), log_q_C=self._pin(log_q))
+            for block, place, log_q in zip(plan.blocks, np.split(place_C, cuts), np.split(log_q_C, cuts), strict=True)
+        )
+
+    def _table(self, row_U: np.ndarray, place_U: np.ndarray, seed: int) -> ItemTable:
+        keep_U = uniform(hash64(seed, _DROP), row_U) >= self._config.id_dropout
+        return ItemTable(
+            row_U=self._pin(row_U),
+            platform_U=self._pin(self._items.platform(row_U)),
+            text_group_U=self._pin(self._items.group_I[row_U]),
+            keep_id_U=self._pin(keep_U),
+            fresh_U=self._pin(place_U),
+        )

@@ -1,0 +1,78 @@
+"""Which items of a step are encoded with gradient, and which rank encodes them.
+
+Legend of shape suffixes: U items of the step's table, F fresh ones among them, N texts of a chunk, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtrain.batches.host import Pin
+from dtrain.batches.items import Items
+from dtrain.batches.ragged import offsets_of, pad
+from dtrain.core.world import World
+from dtrain.data.batch import ItemTexts
+from dtrain.data.permute import permute
+
+__all__ = ["Share", "choose_fresh", "deal_fresh", "fresh_share"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """A rank's share of the fresh items."""
+
+    place_U: np.ndarray  # int64 place of each table row in the gathered fresh vectors; -1: not fresh
+    rows: int  # rows of a share, the same on every rank
+    texts: tuple[ItemTexts, ...]
+    tokens: int  # real tokens in texts
+
+
+def choose_fresh(items: int, limit: int | None, key: int | np.ndarray) -> np.ndarray:
+    """int64 [F] table rows, ascending: all of `items` when `limit` is None, else `limit` drawn uniformly by `key`."""
+    if limit is None or limit >= items:
+        return np.arange(items)
+    return np.sort(permute(np.arange(limit), items, key))
+
+
+def deal_fresh(length_F: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rank [F], place in the rank's share [F]) of texts of these lengths.
+
+    Longest first, in rounds that run to and fro over the ranks: shares differ by at most one row, and in tokens by
+    at most the longest text.
+    """
+    order_F = np.argsort(-length_F, kind="stable")
+    turn_F, seat_F = np.divmod(np.arange(order_F.size), size)
+    rank_F, place_F = np.empty_like(turn_F), np.empty_like(turn_F)
+    rank_F[order_F] = np.where(turn_F % 2 == 0, seat_F, size - 1 - seat_F)
+    place_F[order_F] = turn_F
+    return rank_F, place_F
+
+
+def fresh_share(items: Items, row_U: np.ndarray, fresh_F: np.ndarray, world: World, chunks: int, pin: Pin) -> Share:
+    """This rank's share of the fresh table rows, cut into at most `chunks` chunks, each padded to its own longest.
+
+    Chunks hold equally many rows, longest texts first. Shares that lack a row are filled up with an empty text.
+    """
+    place_U = np.full(row_U.size, -1, np.int64)
+    share_rows = -(-fresh_F.size // world.size)
+    if not share_rows:
+        return Share(place_U, 0, (), 0)
+    rank_F, place_F = deal_fresh(items.length_I[row_U[fresh_F]], world.size)
+    place_U[fresh_F] = rank_F * share_rows + place_F
+    mine_F = np.flatnonzero(rank_F == world.rank)
+    value_T, length_N = items.ids(row_U[fresh_F[mine_F[np.argsort(place_F[mine_F])]]])
+    tokens, missing = value_T.size, share_rows - length_N.size
+    value_T = np.concatenate([value_T, np.tile(items.empty, missing)]).astype(np.int64)
+    length_N = np.concatenate([length_N, np.full(missing, items.empty.size)])
+    offset_N, texts = offsets_of(length_N), []
+    count = min(chunks, share_rows)
+    for index in range(count):
+        begin, end = (share_rows * i // count for i in (index, index + 1))
+        own_N = length_N[begin:end]
+        width = int(own_N.max())
+        ids_NT = pad(value_T[offset_N[begin] : offset_N[end]], own_N, width, items.pad)
+        mask_NT = (np.arange(width) < own_N[:, None]).astype(np.int64)
+        texts.append(ItemTexts(ids_NT=pin(ids_NT), mask_NT=pin(mask_NT)))
+    return Share(place_U, share_rows, tuple(texts), tokens)

@@ -1,0 +1,27 @@
+"""`dtrain evaluate` and `launch/evaluate.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from dtrain.core.comm import connect
+from dtrain.core.world import World
+from dtrain.train.job import set_threads
+from dtrain.train.open import read_run_config
+from dtrain.train.score import score_run
+
+__all__ = ["evaluate"]
+
+
+def evaluate(run: str, overrides: Sequence[str]) -> int:
+    """Evaluate a run's best checkpoint, write metrics.json and report.html, print the table. Returns the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    world = World.from_env()
+    config = read_run_config(run, overrides)
+    set_threads(config, world)
+    with connect(world, timeout_s=config.dist.timeout_s) as comm:
+        table = score_run(run, comm, overrides)
+    if world.is_main:
+        print(table)
+    return 0

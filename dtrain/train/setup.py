@@ -1,0 +1,99 @@
+"""What a run is made from: prepared data, tokenizer and token caches, and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from dtrain.batches.items import Items
+from dtrain.batches.tokens import TokenCache, tokenizer_fingerprint
+from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
+from dtrain.core.fingerprint import seed_of
+from dtrain.data.catalog import Catalog
+from dtrain.data.manifest import Manifest
+from dtrain.model.build import build_cross_encoder, build_model
+from dtrain.model.recommender import Recommender
+from dtrain.train.config import RunConfig
+from dtrain.train.vectors import encode_catalog
+
+__all__ = ["Inputs", "build_module", "fill_memory", "open_inputs", "pinned"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """Opened data of a run, platforms in the order of the manifest."""
+
+    manifest: Manifest
+    tokenizer: Any
+    items: Items
+    catalogs: dict[str, Catalog]
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        return tuple(self.manifest.platforms)
+
+    @property
+    def caches(self) -> dict[str, TokenCache]:
+        return dict(zip(self.platforms, self.items.tokens, strict=True))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything outside of the config that decides what a step computes."""
+        return {"manifest": self.manifest.fingerprint, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+
+def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = None) -> Inputs:
+    """Open and check the prepared folder, the tokenizer (default: the encoder's) and the token caches. Collective.
+
+    The sizes of all files are checked against the manifest, block contents when they are read. Raises DataError,
+    CorruptFile or ConfigError.
+    """
+    manifest = Manifest.load(config.data.path).select(config.data.platforms)
+    manifest.verify(digests=False)
+    name = str(tokenizer_from or config.model.encoder.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model.encoder.name={name!r}: its tokenizer can't be opened ({why})") from error
+    items: Items | None = None
+    for turn in (True, False):  # one rank of each machine makes missing token caches, then the others find them
+        if (comm.world.local_rank == 0) == turn:
+            items = Items.open(manifest, tokenizer, config.batch.text_tokens)
+        comm.barrier()
+    assert items is not None
+    return Inputs(manifest, tokenizer, items, {p: Catalog.open(manifest, p) for p in manifest.platforms})
+
+
+def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.Module:
+    """The model of `config.train.task`, its new weights a function of `plan.seed` alone."""
+    torch.manual_seed(seed_of(config.plan.seed, "weights"))
+    if config.train.task == "rank":
+        return build_cross_encoder(config.model, pretrained=pretrained)
+    sizes = {name: len(catalog) for name, catalog in inputs.catalogs.items()}
+    events = {name: max(1, len(p.events)) for name, p in inputs.manifest.platforms.items()}
+    counts = {name: catalog.counts for name, catalog in inputs.catalogs.items()} if pretrained else None
+    return build_model(config.model, config.objective, sizes, events, pretrained=pretrained, counts=counts)
+
+
+def fill_memory(model: Recommender, inputs: Inputs, comm: Comm, batch_tokens: int) -> None:
+    """Remember every item's text vector as the encoder gives it now. Collective; needs whole weights."""
+    assert model.memory is not None
+    training = model.training
+    text_NH = encode_catalog(
+        model.eval().encode_texts, list(inputs.caches.values()), comm, batch_tokens=batch_tokens
+    ).to(comm.device)
+    model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
+    model.train(training)
+
+
+def pinned(config: RunConfig, encoder: Path) -> RunConfig:
+    """`config` with the encoder's shape read from the folder `encoder`."""
+    shape = dataclasses.replace(config.model.encoder, name=str(encoder))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=shape))

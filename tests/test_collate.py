@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dtrain.batches.collate import Collator, log_inclusion
+from dtrain.batches.config import BatchConfig
+from dtrain.batches.fresh import choose_fresh, deal_fresh
+from dtrain.batches.items import Items
+from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
+from dtrain.core.world import World
+from dtrain.data.batch import StepBatch
+from dtrain.data.manifest import Manifest
+from tests.batch_toys import make_plan, on_ranks, read_step
+from tests.ranks import run_ranks
+from tests.stream_toys import prepared
+
+TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return prepared(tmp_path_factory.mktemp("collate") / "data")
+
+
+@pytest.fixture(scope="module")
+def items(manifest: Manifest, tiny_encoder: Path) -> Items:
+    return Items.open(manifest, AutoTokenizer.from_pretrained(tiny_encoder), TOKENS)
+
+
+def collate(manifest: Manifest, items: Items, comm: Any, step: int, plan: dict[str, int], **config: Any) -> StepBatch:
+    samples = read_step(make_plan(manifest, **plan), step, comm.world)
+    return Collator(BatchConfig(text_tokens=TOKENS, **config), items, comm)(samples)
+
+
+def alone(manifest: Manifest, items: Items, step: int = 0, plan: dict[str, int] | None = None, **config: Any) -> Any:
+    comm = Comm(World(), torch.device("cpu"))
+    return collate(manifest, items, comm, step, plan or {}, **config)
+
+
+def shared(batch: StepBatch) -> dict[str, Any]:
+    """What every rank must hold alike, whatever the number of ranks."""
+    table = batch.table
+    return {
+        "table": [t.tolist() for t in (table.row_U, table.platform_U, table.text_group_U, table.keep_id_U)],
+        "fresh": (table.fresh_U >= 0).tolist(),
+        "blocks": [[b.platform, b.candidate_C.tolist(), b.log_q_C.tolist()] for b in batch.blocks],
+        "weight": batch.target_weight_P.tolist(),
+    }
+
+
+def meaning(batches: list[StepBatch]) -> dict[str, Any]:
+    """What a step trains on, put together from all ranks and micro-batches, with items by global row."""
+    first = batches[0]
+    row = first.table.row_U
+    text_of: dict[int, list[int]] = {}
+    encoded = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for chunk in batch.texts
+        for ids, mask in zip(chunk.ids_NT, chunk.mask_NT, strict=True)
+    ]
+    for u, place in enumerate(first.table.fresh_U.tolist()):
+        if place >= 0:
+            text_of[int(row[u])] = encoded[place]
+    samples, positions = [], []
+    for batch in batches:
+        for part in batch.histories:
+            for b in range(part.item_BL.shape[0]):
+                for at in np.flatnonzero(part.weight_BL[b].numpy() > 0):
+                    history = row[part.item_BL[b, : at + 1]].tolist()
+                    assert part.mask_BL[b, : at + 1].all()
+                    positions.append(
+                        [
+                            history,
+                            part.event_BL[b, : at + 1].tolist(),
+                            int(row[part.target_BL[b, at]]),
+                            float(part.weight_BL[b, at]),
+                            int(part.platform_B[b]),
+                            int(part.block_B[b]),
+                        ]
+                    )
+        samples += batch.sample_ids
+    return {
+        **shared(first),
+        "texts": text_of,
+        "samples": samples,
+        "positions": positions,
+    }
+
+
+@pytest.mark.parametrize("fresh", [None, 11, 0])
+def test_a_step_means_the_same_for_every_world_size_and_accumulation(
+    manifest: Manifest, items: Items, fresh: int | None
+) -> None:
+    for step in (0, 5):
+        want = meaning([alone(manifest, items, step, fresh_items=fresh, id_dropout=0.3)])
+        assert len(want["positions"]) > 50
+        for size, accumulation in ((1, 2), (1, 4), (2, 1), (2, 3), (3, 1), (3, 2), (4, 4), (24, 2)):
+            batches = on_ranks(
+                size,
+                lambda comm, a=accumulation, s=step: collate(
+                    manifest, items, comm, s, {}, accumulation=a, fresh_items=fresh, id_dropout=0.3
+                ),
+            )
+            assert meaning(batches) == want, (size, accumulation)
+            for batch in batches[1:]:
+                assert shared(batch) == shared(batches[0])
+                assert batch.share_rows == batches[0].share_rows
+                assert (batch.table.fresh_U == batches[0].table.fresh_U).all()
+            assert {len(batch.histories) for batch in batches} == {accumulation}
+            assert len({len(batch.texts) for batch in batches}) == 1
+
+
+def _on_a_rank(comm: Comm, manifest: Manifest, folder: Path) -> dict[str, Any]:
+    items = Items.open(manifest, AutoTokenizer.from_pretrained(folder), TOKENS)
+    batch = collate(manifest, items, comm, 3, {}, accumulation=2)
+    return shared(batch)
+
+
+def test_real_ranks_agree(manifest: Manifest, items: Items, tiny_encoder: Path, tmp_path: Path) -> None:
+    results = run_ranks(2, tmp_path, _on_a_rank, manifest, tiny_encoder)
+    assert results == [shared(alone(manifest, items, 3))] * 2
+
+
+def test_positions_are_the_windows_next_items(manifest: Manifest, items: Items) -> None:
+    samples = read_step(make_plan(manifest), 2, World())
+    got = meaning([alone(manifest, items, 2)])["positions"]
+    want = []
+    for b in range(samples.offset_B.size - 1):
+        part = slice(samples.offset_B[b], samples.offset_B[b + 1])
+        platform = int(samples.plan.platform_B[b])
+        rows = (samples.item_T[part] + items.offset_P[platform]).tolist()
+        events, weights = samples.event_T[part].tolist(), samples.weight_T[part].tolist()
+        block = int(samples.plan.block_B[b])
+        want += [
+            [rows[:t], events[:t], rows[t], weights[t], platform, block] for t in range(1, len(rows)) if weights[t] > 0
+        ]
+    assert got == want
+
+
+def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, items: Items) -> None:
+    batch, plan = alone(manifest, items, 1), make_plan(manifest).step(1)
+    positions = meaning([batch])["positions"]
+    row = batch.table.row_U
+    assert (torch.diff(row) > 0).all()
+    for index, (block, planned) in enumerate(zip(batch.blocks, plan.blocks, strict=True)):
+        targets = {target for *_, target, _, _, at in positions if at == index}
+        negatives = set((planned.negatives_K + items.offset_P[planned.platform]).tolist())
+        assert set(row[block.candidate_C].tolist()) == targets | negatives
+        assert len(block.candidate_C) == len(targets | negatives)
+        assert set(batch.table.platform_U[block.candidate_C].tolist()) == {block.platform}
+
+
+def test_log_q_is_the_chance_of_being_a_candidate() -> None:
+    popularity, rng = np.array([0.5, 0.3, 0.15, 0.049, 0.001]), np.random.default_rng(0)
+    seen, trials = np.zeros(5), 20_000
+    for _ in range(trials):
+        targets, negatives = rng.choice(5, 4, p=popularity), rng.choice(5, 2, replace=False)
+        seen[np.union1d(targets, negatives)] += 1
+    got = np.exp(log_inclusion(popularity, np.full(5, 4.0), np.full(5, 2 / 5)))
+    assert got == pytest.approx(seen / trials, abs=0.015)
+
+
+def test_log_q_of_a_sure_and_of_a_rare_candidate_is_finite() -> None:
+    got = log_inclusion(np.array([1.0, 1e-9, 1e-9]), np.array([3.0, 1.0, 3.0]), np.array([0.0, 0.0, 1.0]))
+    assert got == pytest.approx([0.0, np.log(1e-9), 0.0], abs=1e-4)
+
+
+def test_padding_is_counted(manifest: Manifest, items: Items) -> None:
+    batch = alone(manifest, items, accumulation=1)
+    whole = batch.texts[0]
+    rows = batch.table.row_U.numpy()
+    assert batch.tokens == items.length_I[rows].sum() == int(whole.mask_NT.sum())
+    assert batch.padded_tokens == whole.ids_NT.numel() == rows.size * items.length_I[rows].max()
+    assert alone(manifest, items, accumulation=4).padded_tokens < batch.padded_tokens
+
+
+def test_texts_that_only_fill_up_are_padding(manifest: Manifest, items: Items) -> None:
+    batches = on_ranks(4, lambda comm: collate(manifest, items, comm, 0, {}, fresh_items=5))
+    assert [batch.share_rows for batch in batches] == [2] * 4
+    assert [sum(len(t.ids_NT) for t in batch.texts) for batch in batches] == [2] * 4
+    want = alone(manifest, items, fresh_items=5)
+    assert sum(batch.tokens for batch in batches) == want.tokens
+    assert sum(int(t.mask_NT.sum()) for batch in batches for t in batch.texts) == want.tokens + 3 * 2  # [CLS] [SEP]
+
+
+def test_fresh_items_are_as_many_as_asked_and_another_set_each_step(manifest: Manifest, items: Items) -> None:
+    chosen = []
+    for step in range(3):
+        table = alone(manifest, items, step, fresh_items=11).table
+        chosen.append(set(table.row_U[table.fresh_U >= 0].tolist()))
+    assert [len(rows) for rows in chosen] == [11, 11, 11]
+    assert chosen[0] != chosen[1] != chosen[2]
+    none = alone(manifest, items, fresh_items=0)
+    assert (none.texts, none.share_rows, none.tokens) == ((), 0, 0)
+
+
+def test_fresh_items_are_uniform() -> None:
+    counts = np.zeros(40)
+    for key in range(4000):
+        counts[choose_fresh(40, 10, key)] += 1
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+    assert choose_fresh(3, 10, 0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 200])
+def test_fresh_texts_are_dealt_evenly(size: int) -> None:
+    rng = np.random.default_rng(size)
+    length = rng.integers(2, 65, 151)
+    rank, place = deal_fresh(length, size)
+    rows = np.bincount(rank, minlength=size)
+    assert rows.max() - rows.min() <= 1
+    assert len(set(zip(rank.tolist(), place.tolist(), strict=True))) == 151
+    assert place.max() == -(-151 // size) - 1
+    tokens = np.bincount(rank, length, minlength=size)
+    assert tokens.max() - tokens.min() <= length.max()
+
+
+def test_ids_are_dropped_at_the_asked_share_and_anew_each_step(manifest: Manifest, items: Items) -> None:
+    kept = [alone(manifest, items, step, {"negatives": 60}, id_dropout=0.25).table.keep_id_U for step in range(40)]
+    share = torch.cat(kept).float().mean().item()
+    assert share == pytest.approx(0.75, abs=0.04)
+    assert not (kept[0] == kept[1]).all()
+    assert alone(manifest, items, id_dropout=0.0).table.keep_id_U.all()
+
+
+def test_a_rank_with_fewer_samples_than_micro_batches_fills_up_with_nothing(manifest: Manifest, items: Items) -> None:
+    batches = on_ranks(24, lambda comm: collate(manifest, items, comm, 0, {}, accumulation=3))
+    for batch in batches:
+        assert len(batch.histories) == 3
+        weights = [float(part.weight_BL.sum()) for part in batch.histories]
+        assert sum(weight > 0 for weight in weights) <= 1  # its one sample
+        assert all(part.mask_BL[:, 0].all() for part in batch.histories)
+        assert len(batch.sample_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"accumulation": 0}, "batch.accumulation=0"),
+        ({"fresh_items": -1}, "batch.fresh_items=-1"),
+        ({"id_dropout": 1.5}, "batch.id_dropout=1.5"),
+        ({"pair_tokens": 20, "text_tokens": 32}, "batch.pair_tokens=20: must be at least 34"),
+    ],
+)
+def test_senseless_configs_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BatchConfig(**config)

@@ -1,0 +1,268 @@
+"""The recommender: its loss, its gradients, its memory and its retrieval vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.core.errors import ConfigError
+from dtrain.data.batch import StepBatch
+from dtrain.model.config import FreezeConfig, ObjectiveConfig
+from dtrain.model.recommender import Recommender
+from tests.model_toys import EVENTS, ITEMS, PLATFORM, SAMPLES, shaken, tokens, toy_batch, toy_model
+
+NEGATIVES = [6, 7, 11, 13]
+
+
+@pytest.fixture
+def model(tiny_encoder: Path) -> Recommender:
+    return shaken(toy_model(tiny_encoder))
+
+
+def gradients(model: Recommender, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss_P = model(batch)
+    loss_P.sum().backward()
+    return loss_P.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def catalogue(model: Recommender, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(text vectors, item vectors, biases) of all items."""
+    text_NH = model.encode_texts(*tokens(range(ITEMS)))
+    vector_ND, bias_N = model.item_vectors(text_NH, torch.arange(ITEMS), torch.tensor(PLATFORM), known)
+    return text_NH, vector_ND, bias_N
+
+
+def test_loss_is_the_weighted_cross_entropy_over_each_blocks_candidates(model: Recommender) -> None:
+    model.eval()
+    loss_P = model(toy_batch(SAMPLES, negatives=NEGATIVES, log_q={7: -2.0, 10: -1.0}))
+    _, item_ND, bias_N = catalogue(model)
+    candidates = {0: [1, 2, 3, 4, 6, 7], 1: [8, 10, 11, 13]}
+    expected = [0.0, 0.0]
+    for platform, items, weights in SAMPLES:
+        for t, weight in enumerate(weights):
+            seen = list(items[: t + 1])
+            user_1D = model.user_vectors(
+                item_ND[seen][None],
+                torch.zeros(1, len(seen), dtype=torch.int64),
+                torch.ones(1, len(seen), dtype=torch.bool),
+                torch.tensor([platform]),
+            )
+            rows = candidates[platform]
+            score_C = (item_ND[rows] @ user_1D[0]) / model.current_temperature() + bias_N[rows]
+            score_C -= torch.tensor([{7: -2.0, 10: -1.0}.get(row, 0.0) for row in rows])
+            expected[platform] -= weight * float(score_C.log_softmax(0)[rows.index(items[t + 1])])
+    assert loss_P.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_change_neither_loss_nor_gradients(model: Recommender) -> None:
+    loss_P, plain = gradients(model, toy_batch(SAMPLES, negatives=NEGATIVES))
+    for text_chunks, history_chunks in ((4, 4), (1, 3), (14, 1)):
+        batch = toy_batch(SAMPLES, negatives=NEGATIVES, text_chunks=text_chunks, history_chunks=history_chunks)
+        chunked_P, chunked = gradients(model, batch)
+        torch.testing.assert_close(chunked_P, loss_P, rtol=1e-6, atol=1e-6)
+        assert chunked.keys() == plain.keys()
+        for name, grad in plain.items():
+            torch.testing.assert_close(chunked[name], grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_chunks_keep_one_chunks_activations(model: Recommender) -> None:
+    def kept(batch: StepBatch) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(batch)
+        return sum(sizes)
+
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES)
+    whole = kept(dataclasses.replace(batch, histories=()))
+    # Two chunks are recomputed, so far less is kept than by one chunk that is not, although they hold the same texts.
+    assert kept(dataclasses.replace(toy_batch(SAMPLES, negatives=NEGATIVES, text_chunks=2), histories=())) < whole / 3
+
+
+def test_an_item_in_many_histories_is_encoded_once(model: Recommender) -> None:
+    rows: list[int] = []
+    model.encoder.register_forward_hook(lambda _module, args, _out: rows.append(args[0].shape[0]))
+    model(toy_batch([(0, [0, 1, 2, 1, 2], [1, 1, 1, 1])] * 5 + [(0, [2, 1, 0], [1, 1])]))
+    assert sum(rows) == 3
+
+
+def test_an_item_with_the_targets_text_does_not_count_against_it(model: Recommender) -> None:
+    model.eval()
+    sample = [(0, [0, 1], [1.0])]
+    alone = float(model(toy_batch(sample, negatives=[2])).detach()[0])
+    other = toy_batch(sample, negatives=[2, 5])
+    assert float(model(other).detach()[0]) > alone
+    same = toy_batch(sample, negatives=[2, 5], groups={5: 1})
+    assert float(model(same).detach()[0]) == pytest.approx(alone, rel=1e-6)
+
+
+def test_weights_scale_losses_and_zero_means_no_target(model: Recommender) -> None:
+    def loss(weights: list[float]) -> float:
+        return float(model(toy_batch([(0, [0, 1, 2], weights)], negatives=[1])).detach()[0])
+
+    assert loss([0, 2.5]) == pytest.approx(2.5 * loss([0, 1]), rel=1e-6)
+    assert loss([0, 0]) == 0
+
+
+def test_padding_changes_nothing(model: Recommender) -> None:
+    loss_P = model(toy_batch(SAMPLES, negatives=NEGATIVES))
+    torch.testing.assert_close(model(toy_batch(SAMPLES, negatives=NEGATIVES, positions=8)), loss_P)
+
+
+def test_every_trainable_weight_has_a_gradient_on_a_rank_without_samples(model: Recommender) -> None:
+    loss_P, grads = gradients(model, toy_batch([], negatives=NEGATIVES))
+    assert loss_P.tolist() == [0, 0]
+    assert set(grads) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(float(grad.abs().max()) == 0 for grad in grads.values())
+    nothing = dataclasses.replace(toy_batch([], negatives=NEGATIVES), histories=(), blocks=())
+    assert "items.project.weight" in gradients(model, nothing)[1]
+
+
+def test_a_platform_without_rows_moves_only_its_own_adapter_slice_by_nothing(model: Recommender) -> None:
+    _, grads = gradients(model, toy_batch([s for s in SAMPLES if s[0] == 0]))
+    for name in ("items.adapter.up_PRD", "user.adapter.down_PDR"):
+        assert float(grads[name][0].abs().max()) > 0
+        assert float(grads[name][1].abs().max()) == 0
+
+
+def test_adapters_begin_as_the_identity(tiny_encoder: Path) -> None:
+    model = toy_model(tiny_encoder).eval()
+    text_NH = model.encode_texts(*tokens([0, 0]))
+    vector_ND, _ = model.item_vectors(text_NH, torch.tensor([0, 0]), torch.tensor([0, 1]))
+    torch.testing.assert_close(vector_ND[0], vector_ND[1], rtol=0, atol=0)
+
+
+def test_items_never_trained_rank_by_their_text_alone(tiny_encoder: Path) -> None:
+    model = toy_model(tiny_encoder).eval()
+    with torch.no_grad():
+        model.items.id.weight[:6].normal_()
+        model.items.bias.weight[:6] = 3.0
+    _, item_ND, bias_N = catalogue(model)
+    _, text_ND, _ = catalogue(model, torch.zeros(ITEMS, dtype=torch.bool))
+    torch.testing.assert_close(item_ND[6:], text_ND[6:], rtol=0, atol=0)
+    assert bias_N.tolist() == [3.0] * 6 + [0.0] * 8
+    known_N = torch.arange(ITEMS) >= 3
+    _, mixed_ND, mixed_N = catalogue(model, known_N)
+    torch.testing.assert_close(mixed_ND, torch.where(known_N[:, None], item_ND, text_ND), rtol=0, atol=0)
+    assert mixed_N.tolist() == [0.0] * 3 + [3.0] * 3 + [0.0] * 8
+
+
+def test_a_dropped_id_gets_no_gradient(model: Recommender) -> None:
+    _, grads = gradients(model, toy_batch(SAMPLES, negatives=NEGATIVES, dropped=[2, 7]))
+    moved = grads["items.id.weight"].abs().amax(1) > 0
+    assert not moved[[2, 7]].any()
+    assert moved[[1, 3, 6]].all()
+    assert float(grads["items.bias.weight"][2]) == 0
+
+
+def test_items_that_are_not_fresh_come_from_memory(model: Recommender) -> None:
+    whole = toy_batch(SAMPLES, negatives=NEGATIVES)
+    loss_P = model(whole)
+    some = toy_batch(SAMPLES, negatives=NEGATIVES, fresh=[0, 3, 9, 13], text_chunks=2)
+    torch.testing.assert_close(model(some), loss_P, rtol=1e-5, atol=1e-5)
+    loss_none_P, grads = gradients(model, toy_batch(SAMPLES, negatives=NEGATIVES, fresh=[]))
+    torch.testing.assert_close(loss_none_P, loss_P.detach(), rtol=1e-5, atol=1e-5)
+    assert not any(name.startswith("encoder.") for name in grads)
+    with torch.no_grad():
+        model.memory.vector_IH[2] += 1
+    assert not torch.allclose(model(some), loss_P)
+
+
+def test_memory_is_written_in_training_alone_and_never_with_nan(model: Recommender) -> None:
+    batch = toy_batch([(0, [0, 1], [1.0])])
+    model.eval()(batch)
+    assert float(model.memory.vector_IH.abs().sum()) == 0
+    model.train()(batch)
+    assert (model.memory.vector_IH.abs().sum(1) > 0).tolist() == [True, True] + [False] * (ITEMS - 2)
+    before = model.memory.vector_IH.clone()
+    with torch.no_grad():
+        next(model.encoder.parameters()).fill_(float("nan"))
+    model(batch)
+    torch.testing.assert_close(model.memory.vector_IH, before, rtol=0, atol=0)
+    assert "memory.vector_IH" in model.state_dict()
+
+
+def test_a_model_without_memory_says_what_to_set(tiny_encoder: Path) -> None:
+    model = toy_model(tiny_encoder, memory=False)
+    model(toy_batch(SAMPLES))
+    with pytest.raises(ConfigError, match=r"model.memory=true"):
+        model(toy_batch(SAMPLES, fresh=[1]))
+
+
+def test_gathered_shares_are_read_through_the_tables_order(model: Recommender) -> None:
+    model.eval()
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES)
+    loss_P = model(batch)
+    shift = len(batch.table.row_U)
+    later = dataclasses.replace(batch.table, fresh_U=batch.table.fresh_U + shift)
+    other = dataclasses.replace(batch, table=later)
+    gathered = model(other, lambda rows_ND: torch.cat([torch.full_like(rows_ND, 7.0), rows_ND]))
+    torch.testing.assert_close(gathered, loss_P)
+
+
+def test_a_cast_to_bf16_runs_and_leaves_memory_alone(model: Recommender) -> None:
+    model.eval()
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES)
+    exact_P = model.train()(batch).detach()
+    remembered = model.memory.vector_IH.clone()
+    model.bfloat16()
+    torch.testing.assert_close(model.memory.vector_IH, remembered, rtol=0, atol=0)
+    loss_P, grads = gradients(model, batch)
+    assert loss_P.dtype == torch.float32
+    torch.testing.assert_close(loss_P, exact_P, rtol=0.05, atol=0.1)
+    assert {grad.dtype for grad in grads.values()} == {torch.bfloat16}
+    assert all(bool(grad.isfinite().all()) for grad in grads.values())
+    _, vector_ND, _ = catalogue(model)
+    assert vector_ND.dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_it_learns_a_toy_set(tiny_encoder: Path, normalize: bool) -> None:
+    objective = ObjectiveConfig(normalize=normalize, temperature=0.07 if normalize else 1.0)
+    model = toy_model(tiny_encoder, objective=objective, freeze=FreezeConfig(policy="all_but_heads"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES)
+    first = float(model(batch).sum())
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(batch).sum().backward()
+        optimizer.step()
+    assert float(model(batch).sum()) < 0.1 * first
+    model.eval()
+    _, item_ND, bias_N = catalogue(model)
+    shape = torch.zeros(1, 3, dtype=torch.int64)
+    user_1D = model.user_vectors(item_ND[[0, 1, 2]][None], shape, torch.ones_like(shape).bool(), torch.tensor([0]))
+    score_N = (user_1D[0] @ item_ND[:8].T) / model.current_temperature() + bias_N[:8]
+    assert int(score_N.argmax()) == 3
+
+
+def test_counts_start_the_bias_as_popularity(tiny_encoder: Path) -> None:
+    counts = {"left": np.array([9, 0, 4, 4, 4, 4, 4, 3]), "right": np.array([1, 1, 1, 1, 1, 19])}
+    model = toy_model(tiny_encoder, counts=counts)
+    bias_N = model.items.bias.weight[:, 0]
+    assert float(bias_N[0]) == pytest.approx(np.log(10 / 5))
+    assert float(bias_N[2]) == 0
+    assert int(bias_N[8:].argmax()) == 5
+    with pytest.raises(ConfigError, match="right"):
+        toy_model(tiny_encoder, counts={"left": counts["left"]})
+    assert toy_model(tiny_encoder, counts=counts, item_bias=False).items.bias is None
+
+
+def test_event_types_are_counted_per_platform(model: Recommender) -> None:
+    model.eval()
+    _, item_ND, _ = catalogue(model)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    item_BLD = item_ND[:1][None]
+
+    def user(platform: int, event: int) -> Tensor:
+        return model.user_vectors(item_BLD, torch.tensor([[event]]), mask, torch.tensor([platform]))
+
+    assert not torch.allclose(user(0, 0), user(0, 1))
+    with torch.no_grad():
+        model.user.event.weight[EVENTS["left"]] += 1.0
+    assert not torch.allclose(user(1, 0), user(0, 0))

@@ -1,0 +1,108 @@
+"""Ranks over the full catalogue: exact, pessimistic, bounded in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.core.errors import TrainError
+from dtrain.data.evalset import Ragged
+from dtrain.train.ranking import dot_scorer, rank_targets, top_items
+
+
+def ragged(lists: list[list[int]]) -> Ragged:
+    values = np.array([value for row in lists for value in row], dtype=np.int32)
+    return Ragged(values, np.cumsum([0, *(len(row) for row in lists)]))
+
+
+def by_hand(score_BN: np.ndarray, target_B: np.ndarray, seen: list[list[int]]) -> list[int]:
+    """The definition, item by item."""
+    ranks = []
+    for scores, target, own in zip(score_BN, target_B, seen):
+        rivals = [i for i in range(len(scores)) if i != target and i not in own]
+        ranks.append(1 + sum(scores[i] >= scores[target] for i in rivals))
+    return ranks
+
+
+def random_case(seed: int, users: int = 37, items: int = 50) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-6, 6, (users, items)).astype(np.float32)  # few values, so that ties abound
+    seen = [rng.choice(items, rng.integers(0, 20), replace=False).tolist() for _ in range(users)]
+    return scores, rng.integers(0, items, users), seen
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 * 50 * 10, 1 << 20])
+def test_ranks_are_those_of_the_definition_for_every_block_size(block_bytes: int) -> None:
+    scores, targets, seen = random_case(1)  # some targets are among the seen items
+    assert any(target in own for target, own in zip(targets, seen))
+    ranks = rank_targets(
+        lambda rows: torch.from_numpy(scores[rows].copy()), targets, ragged(seen), items=50, block_bytes=block_bytes
+    )
+    assert ranks.tolist() == by_hand(scores, targets, seen)
+
+
+def test_a_slice_of_histories_ranks_as_it_does_in_the_whole() -> None:
+    scores, targets, seen = random_case(2)
+    part = rank_targets(
+        lambda rows: torch.from_numpy(scores[10:20][rows].copy()), targets[10:20], ragged(seen)[10:20], items=50
+    )
+    assert part.tolist() == by_hand(scores, targets, seen)[10:20]
+
+
+def test_equal_scores_rank_last_among_the_unseen() -> None:
+    ranks = rank_targets(
+        lambda rows: torch.zeros(rows.stop - rows.start, 50), np.array([3, 4]), ragged([[], [0, 1, 2]]), items=50
+    )
+    assert ranks.tolist() == [50, 47]
+
+
+def test_items_with_equal_vectors_tie_exactly() -> None:
+    """A duplicate of the target in any place of the catalogue counts against it, whatever kernel computed it."""
+    torch.manual_seed(0)
+    user_BD, item_ND, bias_N = torch.randn(19, 64), torch.randn(203, 64), torch.randn(203)
+    item_ND[101:202], bias_N[101:202] = item_ND[:101], bias_N[:101]
+    targets = np.arange(19) * 5
+    scorer = dot_scorer(user_BD, item_ND, bias_N)
+    ranks = rank_targets(scorer, targets, ragged([[]] * 19), items=203)
+    without = rank_targets(scorer, targets, ragged([[target + 101] for target in targets.tolist()]), items=203)
+    assert ranks.tolist() == (without + 1).tolist()
+
+
+def test_dot_scores_include_the_bias() -> None:
+    user_BD, item_ND = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    none = ragged([[]])
+    assert rank_targets(dot_scorer(user_BD, item_ND), np.array([1]), none, items=3).tolist() == [2]
+    bias_N = torch.tensor([0.0, 1.0, 0.0])
+    assert rank_targets(dot_scorer(user_BD, item_ND, bias_N), np.array([1]), none, items=3).tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 7])  # the target itself, another item
+def test_scores_that_are_not_finite_raise(bad: float, place: int) -> None:
+    scores = torch.zeros(5, 8)
+    scores[3, place] = bad
+    with pytest.raises(TrainError, match="user 3"):
+        rank_targets(lambda rows: scores[rows].clone(), np.zeros(5, int), ragged([[]] * 5), items=8, block_bytes=64)
+
+
+def test_no_users_have_no_ranks() -> None:
+    assert rank_targets(lambda rows: torch.zeros(0, 5), np.zeros(0, int), ragged([]), items=5).shape == (0,)
+
+
+def test_top_items_are_the_best_unseen_in_order() -> None:
+    scores, _, seen = random_case(3)
+    scores += np.random.default_rng(0).random(scores.shape, dtype=np.float32) / 2  # no ties
+    rows, values = top_items(
+        lambda rows: torch.from_numpy(scores[rows].copy()), ragged(seen), 7, items=50, block_bytes=2000
+    )
+    for user, own in enumerate(seen):
+        unseen = [i for i in np.argsort(-scores[user]) if i not in own]
+        assert rows[user].tolist() == unseen[:7]
+        assert values[user].tolist() == scores[user][unseen[:7]].tolist()
+
+
+def test_top_items_are_no_more_than_there_are() -> None:
+    rows, values = top_items(lambda rows: torch.arange(6.0).repeat(1, 1), ragged([[5, 1]]), 100, items=6)
+    assert rows[0][:4].tolist() == [4, 3, 2, 0]
+    assert np.isneginf(values[0][4:]).all()
