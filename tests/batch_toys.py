@@ -10,7 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from dtrain.batches.collate import Collator
+from dtrain.batches.config import BatchConfig
+from dtrain.batches.items import Items
 from dtrain.core.world import World
+from dtrain.data.batch import StepBatch
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
@@ -18,6 +22,8 @@ from dtrain.data.shards import ShardReader
 from dtrain.data.stream import StepSamples, Stream
 
 T = TypeVar("T")
+
+TOKENS = 9  # of an item's text
 
 
 class ThreadComm:
@@ -59,3 +65,24 @@ def read_step(plan: Plan, step: int, world: World) -> StepSamples:
     readers = {name: ShardReader(plan.manifest, name) for name in plan.platforms}
     with Stream(plan, readers, world, step) as stream:
         return next(stream)
+
+
+def collate(manifest: Manifest, items: Items, comm: Any, step: int, plan: dict[str, int], **config: Any) -> StepBatch:
+    samples = read_step(make_plan(manifest, **plan), step, comm.world)
+    return Collator(BatchConfig(text_tokens=TOKENS, **config), items, comm)(samples)
+
+
+def shared(batch: StepBatch) -> dict[str, Any]:
+    """What every rank must hold alike, whatever the number of ranks."""
+    table = batch.table
+    return {
+        "table": [t.tolist() for t in (table.row_U, table.platform_U, table.text_group_U, table.keep_id_U)],
+        "fresh": (table.fresh_U >= 0).tolist(),
+        "blocks": [[b.platform, b.candidate_C.tolist(), b.log_q_C.tolist()] for b in batch.blocks],
+        "weight": batch.target_weight_P.tolist(),
+    }
+
+
+def collate_shared(comm: Any, manifest: Manifest, items: Items, step: int) -> dict[str, Any]:
+    """For processes: `shared` of this rank's batch."""
+    return shared(collate(manifest, items, comm, step, {}, accumulation=2))

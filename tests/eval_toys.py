@@ -41,7 +41,7 @@ def train_counts(platform: str) -> np.ndarray:
 
 
 def prepared(root: Path) -> Manifest:
-    """Write the folder. The first user of `left` has the cold item 0 as test target."""
+    """Write the folder. The first user of `left` has the cold item 0 as test target. `left` has two shards."""
     platforms = {name: _platform(root, name) for name in PLATFORMS}
     manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
     manifest.save()
@@ -59,7 +59,7 @@ def _platform(root: Path, name: str) -> PlatformManifest:
     users = [f"user{row:04d}" for row in range(len(sequences))]
     samples = [window for user, s in zip(users, sequences) for window in _windows(user, s[:-2])]
     shards = []
-    for number, part in enumerate((samples[::2], samples[1::2])):
+    for number, part in enumerate((samples[::2], samples[1::2]) if name == "left" else (samples,)):
         if part:
             relative = f"{name}/{number}.tar"
             shards.append(write_shard(root / relative, number, _table(SAMPLE, part), relative=relative))

@@ -15,7 +15,6 @@ from dtrain.data.evalset import EvalSet
 from dtrain.train import baselines
 from dtrain.train.baselines import count_transitions, popularity, transitions, untuned_encoder, zero_shot
 from tests.eval_toys import PLATFORMS, prepared, train_counts, user_sequences
-from tests.ranks import run_ranks
 
 ALONE = Comm(World(), torch.device("cpu"))
 
@@ -53,19 +52,6 @@ def test_transitions_add_up_when_pairs_are_summed_in_pieces(tmp_path: Path, monk
     pieces = count_transitions(manifest, "left", train_counts("left"), ALONE)
     assert whole.weight.tolist() == pieces.weight.tolist()
     assert whole.item.tolist() == pieces.item.tolist()
-
-
-def _transitions_of(comm: Comm, root: str) -> np.ndarray:
-    from dtrain.data.manifest import Manifest
-
-    return as_dense(count_transitions(Manifest.load(root), "left", train_counts("left"), comm))
-
-
-def test_transitions_are_the_same_bit_for_bit_on_several_ranks(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    alone = as_dense(count_transitions(prepared(root), "left", train_counts("left"), ALONE))
-    for found in run_ranks(3, tmp_path, _transitions_of, str(root)):  # two shards: one rank has none
-        assert np.array_equal(found, alone)
 
 
 def test_transition_scores_ask_the_last_ten_items(tmp_path: Path) -> None:

@@ -235,9 +235,9 @@ def test_fragments_that_leave_a_gap_or_overlap_are_refused(tmp_path: Path) -> No
         piece = Fragment(kind="master", name="w", shape=(10,), offset=offset, tensor=torch.zeros(numel))
         return write_shard(tmp_path / f"{name}.safetensors", [piece])[1]
 
-    a, b, c = shard("a", 0, 4), shard("b", 4, 6), shard("c", 3, 7)
+    a, b, c, d, e = shard("a", 0, 4), shard("b", 4, 6), shard("c", 3, 7), shard("d", 3, 3), shard("e", 7, 3)
     assert ShardedSource([b, a]).read("master", "w").shape == (10,)
-    for wrong in ([a], [b], [a, c], [a, b, c]):
+    for wrong in ([a], [b], [a, c], [a, b, c], [a, d, e]):
         with pytest.raises(CheckpointError, match="do not cover it exactly once"):
             ShardedSource(wrong)
 

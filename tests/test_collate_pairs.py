@@ -47,8 +47,8 @@ def alone(manifest: Manifest, items: Items, step: int = 0, **config: Any) -> Pai
 
 
 def meaning(batches: list[PairBatch]) -> list[list[Any]]:
-    """(ids, segments, label, weight, platform) of every pair that weighs, over ranks and micro-batches."""
-    return [
+    """(ids, segments, label, weight, platform) of every pair that weighs, over ranks and micro-batches, sorted."""
+    return sorted(
         [
             part.ids_NT[n][part.mask_NT[n].bool()].tolist(),
             part.type_NT[n][part.mask_NT[n].bool()].tolist(),
@@ -60,7 +60,7 @@ def meaning(batches: list[PairBatch]) -> list[list[Any]]:
         for part in batch.pairs
         for n in range(len(part.label_N))
         if part.weight_N[n] > 0
-    ]
+    )
 
 
 def test_pairs_are_the_same_for_every_world_size_and_accumulation(manifest: Manifest, items: Items) -> None:
@@ -71,7 +71,7 @@ def test_pairs_are_the_same_for_every_world_size_and_accumulation(manifest: Mani
         assert meaning(batches) == meaning([want])
         for batch in batches:
             assert batch.target_weight_P.tolist() == want.target_weight_P.tolist()
-            assert len(batch.pairs) == accumulation
+            assert len(batch.pairs) == accumulation * 4
             assert all(len(part.label_N) for part in batch.pairs)
         assert sum(batch.tokens for batch in batches) == want.tokens
         assert [i for batch in batches for i in batch.sample_ids] == list(want.sample_ids)
@@ -94,7 +94,7 @@ def test_a_long_pair_loses_the_oldest_of_its_history_first(manifest: Manifest, i
     history, item = np.array([3, 17, 8, 9, 1]), np.array([5])
     whole = encode_pairs(items, 500, history, np.array([5]), item, np.array([0]))[0][0].tolist()
     for limit in (30, 20, 14):
-        ids, mask, types = (a[0].tolist() for a in encode_pairs(items, limit, history, np.array([5]), item, [0]))
+        ids, _, types = (a[0].tolist() for a in encode_pairs(items, limit, history, np.array([5]), item, [0]))
         assert len(ids) == limit
         assert ids == [whole[0], *whole[len(whole) - limit + 1 :]]
         assert types.index(1) == ids.index(items.empty[1]) + 1
@@ -109,15 +109,15 @@ def test_targets_and_negatives_follow_the_rules(
     seen: list[tuple[Any, ...]] = []
 
     def spy(*args: Any) -> Any:
-        seen.append(args[2:])
-        return encode_pairs(*args)
+        seen.append((*args[2:], encode_pairs(*args)))
+        return seen[-1][-1]
 
     monkeypatch.setattr("dtrain.batches.pairs.encode_pairs", spy)
     for step in range(4):
         samples = read_step(make_plan(manifest), step, World())
         seen.clear()
         batch = alone(manifest, items, step, pair_history=3)
-        ((history, lengths, item, sample),) = seen
+        ((history, lengths, item, sample, encoded),) = seen
         windows = []
         for b in range(24):
             part = slice(samples.offset_B[b], samples.offset_B[b + 1])
@@ -126,27 +126,30 @@ def test_targets_and_negatives_follow_the_rules(
         having = [(rows, weights, p) for rows, weights, p in windows if any(w > 0 for w in weights[1:])]
         assert len(lengths) == len(having)
         at = np.cumsum([0, *lengths])
-        part = batch.pairs[0]
+        want = []
         for s, (rows, weights, platform) in enumerate(having):
             mine = np.flatnonzero(sample == s)
             target, *negatives = item[mine].tolist()
             place = rows.index(target)
             assert place >= 1
             assert weights[place] > 0
-            assert part.weight_N[mine].tolist() == [weights[place]] * len(mine)
-            assert part.label_N[mine].tolist() == [1.0] + [0.0] * len(negatives)
+            for n in mine:
+                ids, mask, types = (a[n] for a in encoded)
+                real = mask.astype(bool)
+                label = float(item[n] == target)
+                want.append([ids[real].tolist(), types[real].tolist(), label, weights[place], platform])
             assert history[at[s] : at[s + 1]].tolist() == rows[max(0, place - 3) : place]
             barred = set(items.group_I[rows].tolist())
             own = np.arange(items.offset_P[platform], items.offset_P[platform + 1])
             free = [row for row in own.tolist() if items.group_I[row] not in barred]
             assert set(negatives) <= set(free)
             assert len(set(negatives)) == len(negatives) == min(4, len(free))
+        assert meaning([batch]) == sorted(want)
 
 
-def test_negatives_and_targets_are_drawn_anew_each_epoch_and_evenly(manifest: Manifest, items: Items) -> None:
-    first = [meaning([alone(manifest, items, step)]) for step in (0, 1)]
-    assert first[0] == meaning([alone(manifest, items, 0)])
-    assert first[0] != first[1]
+def test_steps_draw_anew_and_the_same_step_does_not(manifest: Manifest, items: Items) -> None:
+    assert meaning([alone(manifest, items, 0)]) == meaning([alone(manifest, items, 0)])
+    assert meaning([alone(manifest, items, 0)]) != meaning([alone(manifest, items, 1)])
 
 
 def test_the_denominator_is_the_weight_of_all_pairs(manifest: Manifest, items: Items) -> None:

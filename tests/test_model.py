@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
-from dtrain.data.batch import StepBatch
+from dtrain.data.batch import ItemTexts, StepBatch
 from dtrain.model.config import FreezeConfig, ObjectiveConfig
 from dtrain.model.recommender import Recommender
-from tests.model_toys import EVENTS, ITEMS, PLATFORM, SAMPLES, shaken, tokens, toy_batch, toy_model
+from tests.model_toys import EVENTS, ITEMS, PLATFORM, SAMPLES, histories, shaken, tokens, toy_batch, toy_model
+from tests.ranks import run_ranks
 
 NEGATIVES = [6, 7, 11, 13]
 
@@ -205,6 +207,30 @@ def test_gathered_shares_are_read_through_the_tables_order(model: Recommender) -
     torch.testing.assert_close(gathered, loss_P)
 
 
+def summed_gradients(comm: Comm, folder: str) -> tuple[list[float], np.ndarray]:
+    """Summed over ranks: each encodes half of the texts, rank 0 has all samples and the other none."""
+    model = shaken(toy_model(Path(folder)))
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES)
+    rows = batch.table.row_U.tolist()
+    share = -(-len(rows) // comm.world.size)
+    mine = [*rows, *[-1] * share][share * comm.world.rank :][:share]
+    place = {row: i for i, row in enumerate(rows)}
+    own = histories(SAMPLES if comm.world.is_main else [], place)
+    texts = tuple(ItemTexts(ids_NT=i, mask_NT=m) for i, m in (tokens(mine[:3]), tokens(mine[3:])))
+    loss_P = model(dataclasses.replace(batch, texts=texts, share_rows=share, histories=(own,)), comm.gather_rows)
+    loss_P.sum().backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return comm.sum(loss_P.detach().numpy()).tolist(), comm.sum(flat.numpy())
+
+
+def test_two_ranks_add_up_to_one(tiny_encoder: Path, tmp_path: Path, model: Recommender) -> None:
+    loss_P, grads = gradients(model, toy_batch(SAMPLES, negatives=NEGATIVES))
+    expected = torch.cat([grad.flatten() for grad in grads.values()]).numpy()
+    for losses, flat in run_ranks(2, tmp_path, summed_gradients, str(tiny_encoder)):
+        assert losses == pytest.approx(loss_P.tolist(), rel=1e-5)
+        np.testing.assert_allclose(flat, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_cast_to_bf16_runs_and_leaves_memory_alone(model: Recommender) -> None:
     model.eval()
     batch = toy_batch(SAMPLES, negatives=NEGATIVES)
@@ -227,12 +253,12 @@ def test_it_learns_a_toy_set(tiny_encoder: Path, normalize: bool) -> None:
     model = toy_model(tiny_encoder, objective=objective, freeze=FreezeConfig(policy="all_but_heads"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     batch = toy_batch(SAMPLES, negatives=NEGATIVES)
-    first = float(model(batch).sum())
+    first = model(batch).sum().item()
     for _ in range(60):
         optimizer.zero_grad()
         model(batch).sum().backward()
         optimizer.step()
-    assert float(model(batch).sum()) < 0.1 * first
+    assert model(batch).sum().item() < 0.1 * first
     model.eval()
     _, item_ND, bias_N = catalogue(model)
     shape = torch.zeros(1, 3, dtype=torch.int64)
@@ -244,7 +270,7 @@ def test_it_learns_a_toy_set(tiny_encoder: Path, normalize: bool) -> None:
 def test_counts_start_the_bias_as_popularity(tiny_encoder: Path) -> None:
     counts = {"left": np.array([9, 0, 4, 4, 4, 4, 4, 3]), "right": np.array([1, 1, 1, 1, 1, 19])}
     model = toy_model(tiny_encoder, counts=counts)
-    bias_N = model.items.bias.weight[:, 0]
+    bias_N = model.items.bias.weight[:, 0].detach()
     assert float(bias_N[0]) == pytest.approx(np.log(10 / 5))
     assert float(bias_N[2]) == 0
     assert int(bias_N[8:].argmax()) == 5

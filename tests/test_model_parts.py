@@ -299,12 +299,12 @@ def test_cross_encoder_learns_a_toy_set(tiny_encoder: Path) -> None:
     model = cross_encoder(tiny_encoder)
     batch = pair_batch(*tokens(range(6)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    first = float(model(batch).sum())
+    first = model(batch).sum().item()
     for _ in range(40):
         optimizer.zero_grad()
         model(batch).sum().backward()
         optimizer.step()
-    assert float(model(batch).sum()) < 0.2 * first
+    assert model(batch).sum().item() < 0.2 * first
 
 
 def test_config_reads_from_overrides_and_names_what_is_wrong() -> None:

@@ -142,5 +142,5 @@ def test_more_ranks_than_samples_is_refused_at_once(plan: Plan, readers: dict[st
 
 
 def test_prefetch_must_be_a_step_at_least() -> None:
-    with pytest.raises(ConfigError, match="stream.prefetch=0"):
+    with pytest.raises(ConfigError, match=r"stream.prefetch=0"):
         StreamConfig(prefetch=0)

@@ -97,7 +97,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 
     monkeypatch.setattr("os.fsync", full)
     before = sorted((manifest.root / "left").iterdir())
-    with pytest.raises(DataError, match="can't write the token ids .*No space left"):
+    with pytest.raises(DataError, match=r"can't write the token ids .*No space left"):
         TokenCache.open(manifest, "left", tokenizer, 8)
     assert sorted((manifest.root / "left").iterdir()) == before
 

@@ -63,7 +63,8 @@ class Collator:
         pair_C = self._candidates(plan, seen)
         row_U = np.unique(np.concatenate([seen, pair_C]) % len(items))
         fresh_F = choose_fresh(row_U.size, config.fresh_items, hash64(plan.seed, _FRESH))
-        share = fresh_share(items, row_U, fresh_F, self._comm.world, config.accumulation, self._pin)
+        chunks = config.accumulation * config.text_buckets
+        share = fresh_share(items, row_U, fresh_F, self._comm.world, chunks, self._pin)
         return StepBatch(
             step=samples.step,
             texts=share.texts,

@@ -76,34 +76,16 @@ class PairCollator:
         weight_N = at.weight_Q[chosen_B][sample_N]
         weight_P = self._comm.sum(np.bincount(platform_N, weight_N, minlength=len(self._items.platforms)))
         begin_B = np.maximum(offsets_of(at.length_B)[slot_B], chosen_B + 1 - self._config.pair_history)
-        micro = []
-        count = self._config.accumulation
-        for index in range(count):
-            begin, end = (slot_B.size * i // count for i in (index, index + 1))
-            own = np.flatnonzero((sample_N >= begin) & (sample_N < end))
-            length_B = (chosen_B + 1 - begin_B)[begin:end]
-            history_H = at.item_Q[cells(begin_B[begin:end], length_B)]
-            micro.append(
-                self._micro(
-                    encode_pairs(
-                        self._items,
-                        self._config.pair_tokens,
-                        history_H,
-                        length_B,
-                        item_N[own],
-                        sample_N[own] - begin,
-                    ),
-                    label_N[own],
-                    weight_N[own],
-                    platform_N[own],
-                )
-            )
+        length_B = chosen_B + 1 - begin_B
+        history_H = at.item_Q[cells(begin_B, length_B)]
+        encoded = encode_pairs(self._items, self._config.pair_tokens, history_H, length_B, item_N, sample_N)
+        pairs = self._micro_batches(encoded, label_N, weight_N, platform_N)
         return PairBatch(
             step=samples.step,
-            pairs=tuple(pairs for pairs, _ in micro),
+            pairs=pairs,
             target_weight_P=torch.from_numpy(weight_P),
-            tokens=sum(tokens for _, tokens in micro),
-            padded_tokens=sum(pairs.mask_NT.numel() for pairs, _ in micro),
+            tokens=int(encoded[1].sum()),
+            padded_tokens=sum(part.mask_NT.numel() for part in pairs),
             sample_ids=sample_ids(samples, self._items.platforms),
         )
 
@@ -146,27 +128,28 @@ class PairCollator:
         sample_N, column_N = np.nonzero(np.concatenate([np.ones((slot_B.size, 1), bool), taken_BR], axis=1))
         return all_BR[sample_N, column_N], sample_N, (column_N == 0).astype(np.float32)
 
-    def _micro(
+    def _micro_batches(
         self,
         encoded: tuple[np.ndarray, np.ndarray, np.ndarray],
         label_N: np.ndarray,
         weight_N: np.ndarray,
         platform_N: np.ndarray,
-    ) -> tuple[Pairs, int]:
-        """One micro-batch and its tokens; without a pair, one of empty texts that weighs nothing."""
-        ids_NT, mask_NT, type_NT = encoded
-        tokens = int(mask_NT.sum())
-        if not label_N.size:
-            start, end = self._items.empty.tolist()
-            ids_NT, mask_NT, type_NT = np.array([[start, end, end]]), np.ones((1, 3), np.int64), np.array([[0, 0, 1]])
-            label_N, weight_N, platform_N = np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64)
-        pin = self._pin
-        made = Pairs(
-            ids_NT=pin(ids_NT),
-            mask_NT=pin(mask_NT),
-            type_NT=pin(type_NT),
-            label_N=pin(label_N),
-            weight_N=pin(weight_N),
-            platform_N=pin(platform_N),
-        )
-        return made, tokens
+    ) -> tuple[Pairs, ...]:
+        """Pairs longest first, in micro-batches of equally many, each padded to its own longest.
+
+        A micro-batch without pairs gets one of empty texts that weighs nothing: every rank runs the same modules.
+        """
+        length_N = encoded[1].sum(1)
+        order_N = np.argsort(-length_N, kind="stable")
+        count, pin, made = self._config.accumulation * self._config.text_buckets, self._pin, []
+        start, end = self._items.empty.tolist()
+        for index in range(count):
+            own = order_N[order_N.size * index // count : order_N.size * (index + 1) // count]
+            width = int(length_N[own].max(initial=0))
+            arrays = [a[own, :width] for a in encoded] + [a[own] for a in (label_N, weight_N, platform_N)]
+            if not own.size:
+                texts = [np.array([row], np.int64) for row in ([start, end, end], [1, 1, 1], [0, 0, 1])]
+                arrays = [*texts, *(np.zeros(1, a.dtype) for a in arrays[3:])]
+            names = ("ids_NT", "mask_NT", "type_NT", "label_N", "weight_N", "platform_N")
+            made.append(Pairs(**{name: pin(a) for name, a in zip(names, arrays, strict=True)}))
+        return tuple(made)

@@ -83,7 +83,12 @@ def _dispatch(argv: list[str]) -> int:
     export.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier export")
     export.set_defaults(function=_export)
 
-    arguments = parser.parse_args(argv)
+    # Overrides may stand after an option too, which argparse does not expect of positional arguments.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(a.startswith("-") for a in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
     return int(arguments.function(arguments))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +69,11 @@ def dump_yaml(config: Any) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    return f"{key}: {lines[0]}" if key and lines else (lines[0] if lines else type(error).__name__)
+    first = lines[0] if lines else type(error).__name__
+    unset = re.search(r"Environment variable '(\w+)' not found", first)
+    if unset:
+        first = f"environment variable {unset[1]} is not set; set it: export {unset[1]}=..."
+    return f"{key}: {first}" if key and lines else first
 
 
 def _parse_override(override: str) -> DictConfig:

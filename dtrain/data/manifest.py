@@ -34,6 +34,7 @@ class BlockEntry:
     offset: int
     bytes: int
     rows: int
+    crc32: int  # of these bytes, so that a reader of one block need not read the shard to trust it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

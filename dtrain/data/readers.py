@@ -231,23 +231,27 @@ def _entries(stream: IO[bytes], path: str) -> Iterator[tuple[str | None, Any]]:
                 raise broken
             closing, text = ("}" if text[0] == "{" else "]"), text[1:]
         place = 0
-        while True:  # take entries for as long as the character after them is known
-            start = _skip(text, place, ",") if place else _skip(text, 0, "")
+        while True:
+            start = _skip(text, place, "," if place else "")
             if start < len(text) and text[start] == closing:
                 return
             try:
                 key = None
                 if closing == "}":
                     key, start = scan(text, start)
+                    start = _skip(text, start, "")
+                    if not isinstance(key, str) or text[start : start + 1] != ":":
+                        break
                     start = _skip(text, start, ":")
                 value, end = scan(text, start)
             except (json.JSONDecodeError, IndexError, RecursionError):
                 break
-            if _skip(text, end, "") == len(text):
+            after = _skip(text, end, "")
+            if text[after : after + 1] not in (",", closing):  # cut short: 1.5 may so far be only 1
                 break
             yield key, value
             place = end
-        text = text[place:] if not place else text[_skip(text, place, ",") :]
+        text = text[_skip(text, place, ",") :] if place else text
         if not chunk:
             raise broken
         size = 1 << 16 if place else size * 2

@@ -78,11 +78,6 @@ class BaseEngine(abc.ABC):
 
     @property
     def precision(self) -> str:
-        """Of the weights that the forward pass uses: "fp32", "bf16" or "fp16"."""
-        return self._setup.precision
-
-    @property
-    def precision(self) -> str:
         """What the passes compute in: "fp32", "bf16" or "fp16"."""
         return self._setup.precision
 

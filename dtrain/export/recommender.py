@@ -67,6 +67,14 @@ class LoadedRecommender:
         """Item ids of a platform, in catalogue order."""
         return list(self._shelf(platform).items)
 
+    def text(self, platform: str, item: str) -> str:
+        """The text of an item. Raises DataError when the platform has no such item."""
+        return str(self._shelf(platform).texts[self._rows(platform, [item])[0]])
+
+    def vectors(self, platform: str) -> Tensor:
+        """Item vectors [N, D], fp32, of a platform, in catalogue order."""
+        return self._shelf(platform).vector_ND
+
     def encode(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """Text vectors [N, H], float32, of any texts, `batch` at a time."""
         parts = []
