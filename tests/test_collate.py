@@ -58,6 +58,7 @@ def meaning(batches: list[StepBatch]) -> dict[str, Any]:
                 for at in np.flatnonzero(part.weight_BL[b].numpy() > 0):
                     history = row[part.item_BL[b, : at + 1]].tolist()
                     assert part.mask_BL[b, : at + 1].all()
+                    assert not part.target_BL[b][part.weight_BL[b] == 0].any()
                     positions.append(
                         [
                             history,
@@ -127,11 +128,16 @@ def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, ite
     row = batch.table.row_U
     assert (torch.diff(row) > 0).all()
     for index, (block, planned) in enumerate(zip(batch.blocks, plan.blocks, strict=True)):
-        targets = {target for *_, target, _, _, at in positions if at == index}
+        asked = [target for *_, target, _, _, at in positions if at == index]
+        targets = set(asked)
         negatives = set((planned.negatives_K + items.offset_P[planned.platform]).tolist())
         assert set(row[block.candidate_C].tolist()) == targets | negatives
         assert len(block.candidate_C) == len(targets | negatives)
         assert set(batch.table.platform_U[block.candidate_C].tolist()) == {block.platform}
+        share = len(planned.negatives_K) / len(items.tokens[block.platform])
+        popularity = items.popularity_I[row[block.candidate_C].numpy()]
+        chance = 1 - (1 - popularity) ** len(asked) * (1 - share)
+        assert block.log_q_C.tolist() == pytest.approx(np.log(chance), abs=1e-6)
 
 
 def test_log_q_is_the_chance_of_being_a_candidate() -> None:

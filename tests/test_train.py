@@ -252,3 +252,30 @@ def test_an_export_that_does_not_reproduce_the_run_is_refused(
 def test_loading_a_run_instead_of_an_export_says_what_to_do(trained: Path) -> None:
     with pytest.raises(DataError, match="dtrain export"):
         dtrain.load(trained)
+
+
+def test_a_cross_encoder_is_trained_and_evaluated_as_a_reranker(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, trained: Path
+) -> None:
+    config = run_config(
+        tmp_path,
+        shops,
+        tiny_encoder,
+        train={"task": "rank", "steps": 40, "valid_every": 20, "valid_users": 20, "checkpoint_every": 0},
+        batch={"accumulation": 2, "pair_tokens": 40, "pair_history": 3},
+        optimizer={"lr": 0.003},
+    )
+    done = call([sys.executable, "launch/train.py", str(config)])
+    assert done.returncode == 0, done.stderr
+    steps = [loss for _, loss, _ in losses(tmp_path / "run")]
+    assert np.mean(steps[-10:]) < np.mean(steps[:5])
+    overrides = [f"evaluate.retriever={trained}", "evaluate.rerank_users=15", "evaluate.resamples=1000"]
+    done = call(command("evaluate", str(tmp_path / "run"), *overrides))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["ranked"] == f"reranked_top_100 of {trained.name}"
+    assert {p["users"] for p in metrics["platforms"].values()} == {15}
+    done = call(command("export", str(tmp_path / "run"), "--out", str(tmp_path / "out")))
+    assert done.returncode == 6
+    assert "train.task=rank" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -39,14 +39,12 @@ def choose_fresh(items: int, limit: int | None, key: int | np.ndarray) -> np.nda
 def deal_fresh(length_F: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(rank [F], place in the rank's share [F]) of texts of these lengths.
 
-    Longest first, in rounds that run to and fro over the ranks: shares differ by at most one row, and in tokens by
-    at most the longest text.
+    Longest first, one to each rank in turn: shares differ by at most one row, and in tokens by at most the longest
+    text.
     """
     order_F = np.argsort(-length_F, kind="stable")
-    turn_F, seat_F = np.divmod(np.arange(order_F.size), size)
-    rank_F, place_F = np.empty_like(turn_F), np.empty_like(turn_F)
-    rank_F[order_F] = np.where(turn_F % 2 == 0, seat_F, size - 1 - seat_F)
-    place_F[order_F] = turn_F
+    rank_F, place_F = np.empty_like(order_F), np.empty_like(order_F)
+    place_F[order_F], rank_F[order_F] = np.divmod(np.arange(order_F.size), size)
     return rank_F, place_F
 
 

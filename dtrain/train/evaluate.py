@@ -44,6 +44,7 @@ class EvaluateConfig:
     resamples: int = RESAMPLES  # bootstrap resamples, at least 1000
     batch_tokens: int = 16384  # cells of one batch of texts, padding included
     block_bytes: int = BLOCK_BYTES  # scores held at a time, in bytes
+    retriever: str = ""  # run folder of the retriever whose top 100 a reranker reranks; empty: transitions
     rerank_users: int = 1000  # users of each platform that a reranker is evaluated on, a fixed random sample; 0: all
 
     def __post_init__(self) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import nn
 
 from dtrain.core.comm import Comm
 from dtrain.engine.protocol import Engine
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.evaluate import validate
+from dtrain.train.metrics import Metrics
+from dtrain.train.rerank import validate_reranker
+from dtrain.train.retrievers import open_retrievers, reranker_of
 from dtrain.train.setup import Inputs
 from dtrain.train.subjects import subjects
 
@@ -18,29 +23,46 @@ __all__ = ["validator"]
 def validator(
     config: RunConfig, inputs: Inputs, engine: Engine, comm: Comm
 ) -> Callable[[], dict[str, dict[str, float]]]:
-    """A collective function that gives each platform's metrics on its valid split.
-
-    With `train.valid_remembered` items go by their remembered vectors, which costs no encoding and lags behind the
-    encoder by at most one round of the catalogue.
-    """
-    platforms = subjects(inputs.manifest, "valid")
+    """A collective function that gives each platform's metrics on its valid split."""
+    rank = _retriever(config, inputs, comm) if config.train.task == "recommend" else _reranker(config, inputs, comm)
 
     def run() -> dict[str, dict[str, float]]:
         with engine.whole_weights() as model:
-            assert isinstance(model, Recommender)
-            remembered = model.memory.vector_IH if config.train.valid_remembered and model.memory is not None else None
-            found = validate(
-                model,
-                platforms,
-                inputs.caches,
-                comm,
-                batch_tokens=config.evaluate.batch_tokens,
-                text_NH=remembered,
-                max_users=config.train.valid_users,
-            )
+            found = rank(model)
         return {
             platform: {name: float(value) for name, value in metrics.items() if value is not None}
             for platform, metrics in found.items()
         }
 
     return run
+
+
+def _retriever(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
+    """With `train.valid_remembered` items go by their remembered vectors, which costs no encoding."""
+    platforms = subjects(inputs.manifest, "valid")
+
+    def rank(model: nn.Module) -> Mapping[str, Metrics]:
+        assert isinstance(model, Recommender)
+        remembered = model.memory.vector_IH if config.train.valid_remembered and model.memory is not None else None
+        return validate(
+            model,
+            platforms,
+            inputs.caches,
+            comm,
+            batch_tokens=config.evaluate.batch_tokens,
+            text_NH=remembered,
+            max_users=config.train.valid_users,
+        )
+
+    return rank
+
+
+def _reranker(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
+    platforms = subjects(inputs.manifest, "valid")
+    _, retrievers = open_retrievers(config.evaluate.retriever, inputs.manifest, platforms, comm)
+    users = config.train.valid_users or config.evaluate.rerank_users
+
+    def rank(model: nn.Module) -> Mapping[str, Metrics]:
+        return validate_reranker(reranker_of(model, inputs, config, comm), platforms, retrievers, comm, max_users=users)
+
+    return rank
