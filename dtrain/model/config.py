@@ -32,7 +32,7 @@ class EncoderConfig:
 
     name: str  # Hugging Face name, or a folder with config.json and model.safetensors
     pooling: str = "mean"  # how token vectors become a text's vector: mean | cls | max, over real tokens
-    attention: str = "eager"  # attention kernel: eager | sdpa; docs/model.md says which is faster where
+    attention: str = "sdpa"  # attention kernel: eager | sdpa; docs/model.md says where eager is faster
     dropout: float = 0.0  # probability; overrides every hidden and attention dropout of the encoder
     activation_checkpointing: bool = False  # recompute each layer in backward: less memory, one more forward
 
