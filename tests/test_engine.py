@@ -32,7 +32,7 @@ OPTIMIZERS = {
 }
 SCHEDULE = ScheduleConfig(warmup_steps=3, total_steps=20)
 STAGES = (0, 1, 2, 3)
-CASES = [(name, clip, stage) for name, clip in (("adamw", 0.0), ("adamw", 0.3), ("sgd", 0.3)) for stage in STAGES]
+CASES = [(name, clip, stage) for name, clip in (("adamw", 0.0), ("sgd", 0.3)) for stage in STAGES]
 
 
 def build(
@@ -142,7 +142,7 @@ def scenarios(comm: Comm, folder: Path) -> dict[Any, Any]:
     for name, clip, stage in CASES:
         out[name, clip, stage] = steps(build(comm, stage, optimizer=name, clip=clip), comm, 0, 10)
     for stage in (None, *STAGES):
-        out["bf16", stage] = steps(build(comm, stage, "bf16"), comm, 0, 16, cycle=4)
+        out["bf16", stage] = steps(build(comm, stage, "bf16"), comm, 0, 12, cycle=4)
         out["poisoned", stage] = poisoned(comm, stage)
         out["interrupted", stage] = interrupted(comm, stage, folder / f"interrupted-{size}-{stage}")
         if stage is not None:
@@ -189,8 +189,8 @@ def test_losses_and_gradient_norms_are_those_of_the_plain_engine(ran: Any, plain
     for name, clip, stage in CASES:
         for rank in ran[1]:
             np.testing.assert_allclose(rank[name, clip, stage], plain[0][name, clip], rtol=1e-5, err_msg=f"{stage}")
-    assert (plain[0]["adamw", 0.3][:, 1] > 0.3).any(), "no step was clipped"
-    assert not np.allclose(plain[0]["adamw", 0.3][-1], plain[0]["adamw", 0.0][-1], rtol=1e-3), "clipping did nothing"
+    assert (plain[0]["sgd", 0.3][:, 1] > 0.3).any(), "no step was clipped"
+    assert not np.allclose(plain[0]["sgd", 0.3][-1], plain[0]["sgd", 0.0][-1], rtol=1e-3), "clipping did nothing"
 
 
 @pytest.mark.parametrize("stage", [None, *STAGES])

@@ -75,14 +75,14 @@ def test_adapters_take_platforms_in_any_order() -> None:
 
 def test_temperature_is_bounded_and_comes_back() -> None:
     fixed = Temperature(0.05, learned=False)
-    assert float(fixed(torch.device("cpu"))) == pytest.approx(20)
+    assert fixed(torch.device("cpu")).item() == pytest.approx(20)
     assert not list(fixed.parameters())
     learned = Temperature(0.05, learned=True)
-    assert float(learned(torch.device("cpu"))) == pytest.approx(20)
+    assert learned(torch.device("cpu")).item() == pytest.approx(20)
     with torch.no_grad():
         learned.offset += 10
     scale = learned(torch.device("cpu"))
-    assert float(scale) == pytest.approx(100)
+    assert scale.item() == pytest.approx(100)
     scale.backward()
     assert float(learned.offset.grad) > 0
 

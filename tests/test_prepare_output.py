@@ -19,6 +19,7 @@ from dtrain.data import build, spill
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
+from dtrain.data.output import open_output
 from dtrain.data.platforms import PrepareConfig
 from dtrain.data.prepare import prepare
 from dtrain.data.pseudonym import KEY_VARIABLE
@@ -33,11 +34,6 @@ from tests.prepare_toys import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-
-_HOLDER = (
-    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
-    "print('held', flush=True); sys.stdin.read()"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -266,19 +262,11 @@ def test_a_kill_leaves_one_whole_output(prepared: tuple[Path, dict[str, bytes], 
 
 def test_two_preparations_do_not_mix(prepared: tuple[Path, dict[str, bytes], PrepareConfig]) -> None:
     out, before, config = prepared
-    holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(out / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with open_output(out) as other:
+        (other.work / "half").write_text("of the other preparation")
         with pytest.raises(DataError, match="another preparation is writing there"):
             prepare(config)
-    finally:
-        holder.communicate("")
+        assert (other.work / "half").exists()
     assert files_of(out) == before
     assert prepare(config).changed
 

@@ -151,7 +151,7 @@ def test_histories_are_unrolled_from_every_shape(tmp_path: Path) -> None:
     shapes = [
         read(put(tmp_path / "a.json", '{"u1": ["a", "b"], "u2": ["c"]}'), ["key"], reader="json", history=["value"]),
         read(put(tmp_path / "a.csv", "user,seq\nu1,a b\nu2,c\n"), ["user", "item"], history=["seq"]),
-        read(put(tmp_path / "b.csv", "user,seq,last\nu1,a,b\nu2,,c\n"), ["user", "item"], history=["seq", "last"]),
+        read(put(tmp_path / "b.csv", "user,seq,last\nu1,a,b\nu2,c,\n"), ["user", "item"], history=["seq", "last"]),
         read(put(tmp_path / "c.csv", "user,seq\nu1,a|b\nu2,c\n"), ["user"], history=["seq"], history_separator="|"),
         read(tmp_path / "a.parquet", ["user", "item"], reader="parquet", history=["seq"]),
         read(

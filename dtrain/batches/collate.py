@@ -76,6 +76,7 @@ class Collator:
             tokens=share.tokens,
             padded_tokens=sum(chunk.mask_NT.numel() for chunk in share.texts),
             sample_ids=sample_ids(samples, items.platforms),
+            recompute=config.accumulation > 1,
         )
 
     def _candidates(self, plan: StepPlan, seen: np.ndarray) -> np.ndarray:

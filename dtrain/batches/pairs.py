@@ -87,6 +87,7 @@ class PairCollator:
             tokens=int(encoded[1].sum()),
             padded_tokens=sum(part.mask_NT.numel() for part in pairs),
             sample_ids=sample_ids(samples, self._items.platforms),
+            recompute=self._config.accumulation > 1,
         )
 
     def _targets(self, at: Positions, samples: StepSamples) -> tuple[np.ndarray, np.ndarray]:

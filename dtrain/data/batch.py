@@ -64,7 +64,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One rank's part of one step. `texts` and `histories` are its micro-batches, in order."""
+    """One rank's part of one step. `histories` are its micro-batches; `texts` are theirs, cut by length, in order."""
 
     step: int
     texts: tuple[ItemTexts, ...]  # equal total rows on every rank (padded with empty texts); () when nothing is fresh
@@ -76,6 +76,7 @@ class StepBatch:
     tokens: int  # real tokens in `texts`
     padded_tokens: int  # cells of `texts`, padding included
     sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
+    recompute: bool = True  # make a chunk's activations again in backward, so that only one chunk's live at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +96,12 @@ class PairBatch:
     """One rank's part of one step of the pointwise task. `pairs` are its micro-batches, in order, none empty."""
 
     step: int
-    pairs: tuple[Pairs, ...]  # equally many on every rank
+    pairs: tuple[Pairs, ...]  # micro-batches, cut by length; equally many on every rank
     target_weight_P: Tensor  # float64 summed pair weight per platform over ALL ranks: the loss's denominator
     tokens: int  # real tokens in `pairs`
     padded_tokens: int  # cells of `pairs`, padding included
     sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
+    recompute: bool = True  # make a chunk's activations again in backward, so that only one chunk's live at a time
 
 
 T = TypeVar("T")

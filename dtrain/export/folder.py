@@ -29,8 +29,8 @@ from dtrain.core.world import World
 from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
 from dtrain.model.recommender import Recommender
-from dtrain.train.subjects import Subject, subjects
 from dtrain.train.open import OpenRun, open_run
+from dtrain.train.subjects import Subject, subjects
 from dtrain.train.vectors import encode_catalog, item_vectors
 
 __all__ = ["TOLERANCE", "export"]

@@ -34,7 +34,7 @@ class CrossEncoder(nn.Module):
         platforms = len(batch.target_weight_P)
         loss_P = torch.zeros(platforms, device=batch.target_weight_P.device)
         for pairs in batch.pairs:
-            again = len(batch.pairs) > 1
+            again = batch.recompute and len(batch.pairs) > 1
             loss_P = loss_P + (recomputed(self._loss, pairs, platforms) if again else self._loss(pairs, platforms))
         return loss_P
 

@@ -52,7 +52,7 @@ class Recommender(nn.Module):
     def forward(self, batch: StepBatch, gather: Gather = alone) -> Tensor:
         """Per-platform sums [P] (fp32) of weight * negative log likelihood over this rank's targets.
 
-        With several chunks of texts or histories, each chunk's activations are made again in backward, so that one
+        Where the batch says `recompute`, each chunk's activations are made again in backward, so that one
         chunk's live at a time while every target is still contrasted with its whole block (gradient caching, Gao et
         al. 2021). Fresh text vectors go to memory when training. Every trainable parameter of the parts that run is
         in the result's graph, whatever the batch holds. Raises ConfigError when the batch counts on a memory that
@@ -69,7 +69,9 @@ class Recommender(nn.Module):
             loss_P = loss_P + tensor[:0].sum()
         for chunk in batch.histories:
             args = (chunk, batch, *shared)
-            loss_P = loss_P + (recomputed(self._loss, *args) if len(batch.histories) > 1 else self._loss(*args))
+            loss_P = loss_P + (
+                recomputed(self._loss, *args) if batch.recompute and len(batch.histories) > 1 else self._loss(*args)
+            )
         return loss_P
 
     def _text_vectors(self, batch: StepBatch, gather: Gather) -> Tensor:
@@ -77,7 +79,7 @@ class Recommender(nn.Module):
         table = batch.table
         if not batch.texts:
             return self._recall(table, table.row_U)
-        again = len(batch.texts) > 1 and any(p.requires_grad for p in self.encoder.parameters())
+        again = batch.recompute and len(batch.texts) > 1 and any(p.requires_grad for p in self.encoder.parameters())
         parts = [recomputed(self._encode, texts) if again else self._encode(texts) for texts in batch.texts]
         fresh_NH = gather(torch.cat(parts))
         is_fresh_U = table.fresh_U >= 0

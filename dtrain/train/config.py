@@ -120,7 +120,7 @@ class RunConfig:
         """The keys that decide what step n computes; a resumed run must have the same."""
         whole = to_dict(self)
         keep = {key: whole[key] for key in ("plan", "mixture", "model", "objective", "optimizer", "schedule")}
-        keep["batch"] = {k: v for k, v in whole["batch"].items() if k != "accumulation"}
+        keep["batch"] = {k: v for k, v in whole["batch"].items() if k not in ("accumulation", "text_buckets")}
         keep["train"] = {k: whole["train"][k] for k in ("task", "metric", "aggregate")}
         keep["data"] = {"platforms": whole["data"]["platforms"]}
         keep["model"]["encoder"] = {k: v for k, v in whole["model"]["encoder"].items() if k in ("pooling", "dropout")}

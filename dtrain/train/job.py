@@ -42,6 +42,8 @@ __all__ = ["run_job", "set_threads"]
 
 log = logging.getLogger("dtrain")
 
+_CACHED_BLOCKS = 2048  # of each platform; memory-mapped, so they cost address space and no memory of their own
+
 
 def run_job(config: RunConfig, world: World) -> str:
     """Train `config` to its end, from the newest whole checkpoint of its run folder where there is one.
@@ -97,7 +99,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
     ledger = LedgerBook(folder.path / "ledger", comm, inputs.platforms, segments) if config.stream.ledger else None
     saver = _Saver(config, inputs, mixture, engine, store, ledger)
     plan = Plan(inputs.manifest, mixture, config.plan)
-    readers = {name: ShardReader(inputs.manifest, name) for name in inputs.platforms}
+    readers = {name: ShardReader(inputs.manifest, name, cached_blocks=_CACHED_BLOCKS) for name in inputs.platforms}
     with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
         loop = Loop(
             config=config.train,
