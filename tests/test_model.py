@@ -268,18 +268,6 @@ def test_it_learns_a_toy_set(tiny_encoder: Path, normalize: bool) -> None:
     assert int(score_N.argmax()) == 3
 
 
-def test_counts_start_the_bias_as_popularity(tiny_encoder: Path) -> None:
-    counts = {"left": np.array([9, 0, 4, 4, 4, 4, 4, 3]), "right": np.array([1, 1, 1, 1, 1, 19])}
-    model = toy_model(tiny_encoder, counts=counts)
-    bias_N = model.items.bias.weight[:, 0].detach()
-    assert float(bias_N[0]) == pytest.approx(np.log(10 / 5))
-    assert float(bias_N[2]) == 0
-    assert int(bias_N[8:].argmax()) == 5
-    with pytest.raises(ConfigError, match="right"):
-        toy_model(tiny_encoder, counts={"left": counts["left"]})
-    assert toy_model(tiny_encoder, counts=counts, item_bias=False).items.bias is None
-
-
 def test_event_types_are_counted_per_platform(model: Recommender) -> None:
     model.eval()
     _, item_ND, _ = catalogue(model)

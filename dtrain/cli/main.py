@@ -108,6 +108,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=sys.stderr.isatty())
     print(report.table())
+    print(report.summary())
     return 0
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dtrain.core.errors import ConfigError
@@ -25,28 +23,17 @@ def build_model(
     event_counts: Mapping[str, int],
     *,
     pretrained: bool,
-    counts: Mapping[str, np.ndarray] | None = None,
 ) -> Recommender:
     """The retriever for these platforms; the order of `catalog_sizes` numbers platforms and global item rows.
 
-    `pretrained=False` makes the encoder's shape with random weights, for a checkpoint to fill. `counts` (training
-    rows of each catalogue row) starts every item's bias at the log of its popularity relative to its platform's mean,
-    so that training begins no worse than a popularity list. New weights depend on torch's seed.
-    Raises ConfigError when the encoder can't be opened or the platforms of the arguments differ.
+    `pretrained=False` makes the encoder's shape with random weights, for a checkpoint to fill. New weights depend on
+    torch's seed. Raises ConfigError when the encoder can't be opened or the platforms of the arguments differ.
     """
-    for what, names in (("event_counts", event_counts), ("counts", catalog_sizes if counts is None else counts)):
-        if set(names) != set(catalog_sizes):
-            raise ConfigError(f"{what} is for platforms {sorted(names)}, the catalogues are {sorted(catalog_sizes)}")
+    if set(event_counts) != set(catalog_sizes):
+        raise ConfigError(f"event_counts is for {sorted(event_counts)}, the catalogues are {sorted(catalog_sizes)}")
     encoder = _encoder(config, pretrained=pretrained)
-    model = Recommender(
-        config, objective, encoder, sum(catalog_sizes.values()), [event_counts[name] for name in catalog_sizes]
-    )
-    if counts is not None and model.items.bias is not None:
-        rows = [np.asarray(counts[name], dtype=np.float64) for name in catalog_sizes]
-        start_I = np.concatenate([np.log((row + 1) / (row.mean() + 1)) for row in rows])
-        with torch.no_grad():
-            model.items.bias.weight[:, 0] = torch.from_numpy(start_I).float()
-    return model
+    items = sum(catalog_sizes.values())
+    return Recommender(config, objective, encoder, items, [event_counts[name] for name in catalog_sizes])
 
 
 def build_cross_encoder(config: ModelConfig, *, pretrained: bool) -> CrossEncoder:

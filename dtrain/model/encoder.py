@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.utils.logging import disable_progress_bar
 
 from dtrain.core.errors import ConfigError
 from dtrain.model.config import EncoderConfig, FreezeConfig
 
 __all__ = ["Encoder"]
+
+disable_progress_bar()  # of transformers, which draws one for every load, on every rank
 
 # The names under which the families of BERT-like models keep their dropout probabilities.
 _DROPOUTS = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dtrain.model.config import ModelConfig
 from dtrain.model.layers import Linear, PlatformAdapters, unit
 
-__all__ = ["ItemTower", "Memory"]
+__all__ = ["ItemTower", "Memory", "Standardize"]
 
 
 class ItemTower(nn.Module):
@@ -27,6 +27,7 @@ class ItemTower(nn.Module):
     def __init__(self, config: ModelConfig, *, hidden: int, items: int, platforms: int, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
+        self.standardize = Standardize(hidden)
         self.project = Linear(hidden, config.dim)
         # Orthonormal rows keep the pretrained geometry as well as `dim` dimensions can.
         nn.init.orthogonal_(self.project.weight)
@@ -44,7 +45,7 @@ class ItemTower(nn.Module):
         Returns (vectors [N, D], biases [N]), both fp32; vectors have length 1 under a cosine objective. The text's
         part has length 1 before the id vector is added, so that one learning rate fits every encoder.
         """
-        vector_ND = unit(self.project(text_NH))
+        vector_ND = unit(self.project(self.standardize(text_NH)))
         if self.id is not None:
             vector_ND = vector_ND + self.id(row_N).float() * known_N[:, None]
         if self.adapter is not None:
@@ -56,7 +57,44 @@ class ItemTower(nn.Module):
         return vector_ND, self.bias(row_N)[:, 0].float() * known_N
 
 
-class Memory(nn.Module):
+class _Exact(nn.Module):
+    """A module of fp32 buffers that a cast of the model to 16 bits leaves as they are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Exact:
+        for name, buffer in self.named_buffers(recurse=False):
+            device = fn(buffer.new_empty(0)).device  # a move to another device does apply
+            setattr(self, name, buffer.to(device))
+        return self
+
+
+class Standardize(_Exact):
+    """Text vectors at mean 0 and standard deviation 1 in every dimension, by statistics of the pretrained encoder.
+
+    What a platform's texts have in common fills much of a pretrained vector; without it, items differ more. The
+    statistics are taken once, when a run begins; until then this is the identity.
+    """
+
+    mean_H: Tensor
+    scale_H: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_H", torch.zeros(hidden))
+        self.register_buffer("scale_H", torch.ones(hidden))
+
+    def forward(self, text_NH: Tensor) -> Tensor:
+        return (text_NH.float() - self.mean_H) * self.scale_H
+
+    @torch.no_grad()
+    def fit(self, text_NH: Tensor) -> None:
+        """Take the statistics of these text vectors."""
+        self.mean_H.copy_(text_NH.mean(0))
+        # A dimension that hardly varies carries nothing; the floor keeps it from being blown up.
+        deviation_H = text_NH.std(0, unbiased=False)
+        self.scale_H.copy_(1 / deviation_H.clamp(min=0.05 * float(deviation_H.mean()) + 1e-6))
+
+
+class Memory(_Exact):
     """The last text vector of every item, [I, H] fp32 on every rank; zero until an item is first encoded.
 
     Its content is a function of the steps taken, so it belongs to a checkpoint.
@@ -77,12 +115,6 @@ class Memory(nn.Module):
         """Remember vectors of distinct rows; if any of them is not finite, nothing changes."""
         vector_NH = vector_NH.float()
         self.vector_IH[row_N] = torch.where(vector_NH.isfinite().all(), vector_NH, self.vector_IH[row_N])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
-        # A move to another device applies; a cast of the model to bf16 must not: memory stays fp32.
-        device = fn(self.vector_IH.new_empty(0)).device
-        self.vector_IH = self.vector_IH.to(device)
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
         copy = Memory(*self.vector_IH.shape)

@@ -34,7 +34,7 @@ from dtrain.train.ledgers import LedgerBook
 from dtrain.train.loop import Loop, LoopState
 from dtrain.train.open import check_fingerprints
 from dtrain.train.runfolder import RunFolder, open_log, versions
-from dtrain.train.setup import Inputs, build_module, fill_memory, open_inputs
+from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.stopping import Stopping
 from dtrain.train.validation import validator
 
@@ -151,8 +151,8 @@ def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStor
     """The engine with the checkpoint's state, or with pretrained weights and filled memory."""
     model = build_module(config, inputs, pretrained=True)
     model.to(comm.device)
-    if commit is None and isinstance(model, Recommender) and config.batch.fresh_items is not None:
-        fill_memory(model, inputs, comm, config.evaluate.batch_tokens)
+    if commit is None and isinstance(model, Recommender):
+        prime(model, inputs, comm, config)
     torch.manual_seed(seed_of(config.plan.seed, "rank", comm.world.rank))
     engine = build_engine(config.engine, config.optimizer, config.schedule, model, parameter_roles(model), comm)
     if commit is not None:

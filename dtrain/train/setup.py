@@ -21,9 +21,11 @@ from dtrain.data.manifest import Manifest
 from dtrain.model.build import build_cross_encoder, build_model
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.vectors import encode_catalog
+from dtrain.train.vectors import EvenSample, Tokens, encode_catalog
 
-__all__ = ["Inputs", "build_module", "fill_memory", "open_inputs", "pinned"]
+__all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime"]
+
+_STATISTICS = 4096  # items of each platform that the statistics of text vectors are taken from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,18 +80,23 @@ def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.M
         return build_cross_encoder(config.model, pretrained=pretrained)
     sizes = {name: len(catalog) for name, catalog in inputs.catalogs.items()}
     events = {name: max(1, len(p.events)) for name, p in inputs.manifest.platforms.items()}
-    counts = {name: catalog.counts for name, catalog in inputs.catalogs.items()} if pretrained else None
-    return build_model(config.model, config.objective, sizes, events, pretrained=pretrained, counts=counts)
+    return build_model(config.model, config.objective, sizes, events, pretrained=pretrained)
 
 
-def fill_memory(model: Recommender, inputs: Inputs, comm: Comm, batch_tokens: int) -> None:
-    """Remember every item's text vector as the encoder gives it now. Collective; needs whole weights."""
-    assert model.memory is not None
+def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> None:
+    """What a new run takes from the pretrained encoder: statistics of text vectors, and remembered vectors.
+
+    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. Collective.
+    """
+    whole = config.batch.fresh_items is not None
+    caches: list[Tokens] = [c if whole else EvenSample(c, _STATISTICS) for c in inputs.caches.values()]
     training = model.training
-    text_NH = encode_catalog(
-        model.eval().encode_texts, list(inputs.caches.values()), comm, batch_tokens=batch_tokens
-    ).to(comm.device)
-    model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
+    text_NH = encode_catalog(model.eval().encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens).to(
+        comm.device
+    )
+    model.items.standardize.fit(text_NH)
+    if whole and model.memory is not None:
+        model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
     model.train(training)
 
 

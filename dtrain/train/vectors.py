@@ -20,7 +20,7 @@ from dtrain.core.comm import Comm
 from dtrain.data.evalset import Ragged
 from dtrain.model.recommender import Recommender
 
-__all__ = ["TextEncoder", "Tokens", "encode_catalog", "encode_users", "item_vectors", "length_batches"]
+__all__ = ["EvenSample", "TextEncoder", "Tokens", "encode_catalog", "encode_users", "item_vectors", "length_batches"]
 
 log = logging.getLogger("dtrain")
 
@@ -41,6 +41,20 @@ class Tokens(Protocol):
     def ids(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of these catalogue rows: (values, offsets)."""
         ...
+
+
+class EvenSample:
+    """The token cache of at most `most` items of another, evenly spaced over it."""
+
+    def __init__(self, cache: Tokens, most: int) -> None:
+        self._cache = cache
+        self._rows = np.linspace(0, len(cache) - 1, min(most, len(cache))).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def ids(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._cache.ids(self._rows[rows])
 
 
 def length_batches(lengths: np.ndarray, cells: int) -> Iterator[np.ndarray]:
