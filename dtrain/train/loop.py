@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,7 +76,11 @@ class Loop:
         """Returns "completed" or "stopped_early". The last step is validated and saved in any case."""
         self._meter = Meter(self.platforms)
         with tqdm(
-            total=self.config.steps, initial=self.state.step, unit="step", disable=not self.comm.world.is_main
+            total=self.config.steps,
+            initial=self.state.step,
+            unit="step",
+            disable=not self.comm.world.is_main,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds; a file or a job's log needs no animation
         ) as bar:
             while self.state.step < self.config.steps and not self.state.stopping.stopped:
                 self._step(bar)
@@ -121,10 +127,12 @@ class Loop:
 
     def _log(self, result: StepResult, bar: tqdm[Any]) -> None:
         line = self._meter.read(self.comm)
-        line |= {"lr": result.lr, "grad_norm": result.grad_norm, "wall_s": time.perf_counter() - self._began}
+        norm = result.grad_norm if math.isfinite(result.grad_norm) else None  # JSON knows no NaN
+        line |= {"lr": result.lr, "grad_norm": norm, "wall_s": time.perf_counter() - self._began}
         bar.set_postfix_str(
             f"loss {line['loss'] or float('nan'):.3f}, {line['targets_per_s']:.0f} targets/s, "
-            f"{line['tokens_per_s']:.0f} tokens/s, padding {line['padding']:.0%}"
+            f"{line['tokens_per_s']:.0f} tokens/s, padding {line['padding']:.0%}",
+            refresh=False,
         )
         scalars = {f"train/{k}": v for k, v in line.items() if isinstance(v, (int, float))}
         scalars |= {f"train/loss/{k}": v for k, v in line["loss_per_platform"].items() if v is not None}

@@ -1,0 +1,100 @@
+"""Damage and interruption in training: each ends with its reason, and what was committed before stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain.data.manifest import Manifest
+from tests.train_toys import ROOT, call, command, environment, free_port, losses, run_config, write_shops
+
+SHORT = {"steps": 4, "valid_every": 0, "checkpoint_every": 2}
+
+
+@pytest.fixture
+def shops(tmp_path: Path) -> Path:
+    return write_shops(tmp_path / "shops")
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_changed_shard_is_named(tmp_path: Path, shops: Path, tiny_encoder: Path) -> None:
+    shard = shops / Manifest.load(shops).platforms["garden"].train[0].path
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"ARROW1") + 600
+    content[at : at + 64] = bytes(b ^ 0xFF for b in content[at : at + 64])
+    shard.write_bytes(content)
+    done = call(command("train", str(run_config(tmp_path, shops, tiny_encoder, train=SHORT))))
+    refused(done, 3, shard.name)
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "failed"
+
+
+def test_a_truncated_shard_is_named_before_the_first_step(tmp_path: Path, shops: Path, tiny_encoder: Path) -> None:
+    shard = shops / Manifest.load(shops).platforms["kitchen"].train[0].path
+    shard.write_bytes(shard.read_bytes()[:-512])
+    done = call(command("train", str(run_config(tmp_path, shops, tiny_encoder, train=SHORT))))
+    refused(done, 3, shard.name, "manifest")
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, shops: Path, tiny_encoder: Path) -> None:
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, encoder)
+    config = run_config(tmp_path, shops, encoder, train=SHORT)
+    assert call(command("train", str(config))).returncode == 0
+    before = sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "commits").iterdir())
+    tokenizer = json.loads((encoder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["lamp"], vocabulary["chair"] = vocabulary["chair"], vocabulary["lamp"]
+    (encoder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    refused(call(command("train", str(config), "train.steps=6", "schedule.total_steps=4")), 4, "tokenizer fingerprint")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "commits").iterdir()) == before
+
+
+def test_a_platform_with_fewer_samples_than_ranks_trains(tmp_path: Path, tiny_encoder: Path) -> None:
+    shops = write_shops(tmp_path / "few", users=3)
+    config = run_config(tmp_path, shops, tiny_encoder, plan={"samples": 4}, train={**SHORT, "valid_every": 2})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port"]
+    done = call([*launcher, str(free_port()), "launch/train.py", str(config), "engine.name=deepspeed"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(tmp_path / "run")) == 4
+    assert "4 steps, 0 missing, 0 not as planned" in call(command("audit", str(tmp_path / "run"))).stdout
+
+
+def test_ctrl_c_ends_with_130_and_leaves_the_checkpoint(tmp_path: Path, shops: Path, tiny_encoder: Path) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train={"steps": 5000, "valid_every": 4, "checkpoint_every": 2})
+    process = subprocess.Popen(
+        command("train", str(config)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if "step 8: valid" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    told.append(process.stderr.read())
+    assert process.wait(timeout=60) == 130, "".join(told)
+    assert "interrupted" in told[-1]
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "interrupted"
+    done = call(command("train", str(config), "train.steps=12", "schedule.total_steps=5000"))
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+
+
+def test_losses_that_are_not_finite_end_the_run_with_the_samples(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, optimizer={"lr": 1e30}, train={**SHORT, "steps": 60})
+    done = call(command("train", str(config), "train.max_skipped=3", "engine.clip_norm=0", "schedule.warmup_steps=0"))
+    refused(done, 5, "3 steps in a row were not finite", "garden")
