@@ -1,0 +1,76 @@
+"""Pure parts of training: early stopping, what binds a resume, the log of a resumed run, the World."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.core.errors import ConfigError, StateMismatch
+from dtrain.core.world import World
+from dtrain.train.config import check_binding
+from dtrain.train.runfolder import RunFolder
+from dtrain.train.stopping import Stopping, aggregate
+
+
+def test_a_run_stops_after_patience_validations_without_a_new_best() -> None:
+    state = Stopping(patience=2)
+    history = []
+    for step, value in enumerate([0.1, 0.3, 0.2, 0.3, 0.4], start=1):
+        state = state.after(value, step)
+        history.append((state.best, state.best_step, state.stopped))
+    # An equal value is no new best.
+    assert history == [(0.1, 1, False), (0.3, 2, False), (0.3, 2, False), (0.3, 2, True), (0.4, 5, False)]
+
+
+def test_patience_zero_never_stops_and_a_resume_keeps_the_history_under_a_new_patience() -> None:
+    state = Stopping(patience=0)
+    for step in range(1, 50):
+        state = state.after(1.0 - step / 100, step)
+    assert not state.stopped
+    assert Stopping(patience=48).resumed(state.to_json()).stopped
+    assert not Stopping(patience=49).resumed(state.to_json()).stopped
+
+
+def test_aggregates_weigh_every_platform_alike_or_take_the_worst() -> None:
+    values = {"a": 0.1, "b": 0.4, "c": 0.1}
+    assert aggregate(values, "macro") == pytest.approx(0.2)
+    assert aggregate(values, "worst") == 0.1
+
+
+def test_a_changed_binding_key_is_named_with_both_values() -> None:
+    saved = {"plan": {"seed": 0, "samples": 64}, "mixture": {"weights": {}}}
+    check_binding(saved, {"plan": {"seed": 0, "samples": 64}, "mixture": {"weights": {}}})
+    with pytest.raises(StateMismatch, match=r"plan\.samples.*64.*32"):
+        check_binding(saved, {"plan": {"seed": 0, "samples": 32}, "mixture": {"weights": {}}})
+    with pytest.raises(StateMismatch, match=r"mixture\.weights\.shop"):
+        check_binding(saved, {"plan": {"seed": 0, "samples": 64}, "mixture": {"weights": {"shop": 0.5}}})
+
+
+def test_a_resumed_run_forgets_lines_of_steps_it_takes_again_and_torn_ones(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    for step in (1, 2, 3):
+        folder.start("", {})
+        folder.log(step, {"loss": 1.0}, {"train/loss": 1.0})
+        folder.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    folder.drop_lines_after(2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+
+
+def test_shares_of_any_world_cover_everything_once() -> None:
+    for size in range(1, 200):
+        shares = [World(rank=rank, size=size).share(137) for rank in range(size)]
+        assert [i for share in shares for i in range(137)[share]] == list(range(137))
+        lengths = [share.stop - share.start for share in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_the_world_is_read_from_the_launcher_and_contradictions_are_refused() -> None:
+    assert World.from_env({}) == World()
+    env = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert World.from_env(env) == World(rank=1, size=4, local_rank=1, local_size=2)
+    for bad in ({"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+        with pytest.raises(ConfigError, match="RANK"):
+            World.from_env(bad)
