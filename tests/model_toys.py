@@ -46,7 +46,6 @@ def toy_model(
     item_bias: bool = True,
     freeze: FreezeConfig | None = None,
     objective: ObjectiveConfig | None = None,
-    counts: Mapping[str, np.ndarray] | None = None,
     seed: int = 1,
 ) -> Recommender:
     config = ModelConfig(
@@ -59,7 +58,7 @@ def toy_model(
         freeze=freeze or FreezeConfig(),
     )
     torch.manual_seed(seed)
-    return build_model(config, objective or ObjectiveConfig(), SIZES, EVENTS, pretrained=True, counts=counts)
+    return build_model(config, objective or ObjectiveConfig(), SIZES, EVENTS, pretrained=True)
 
 
 def shaken(model: Recommender, seed: int = 2) -> Recommender:

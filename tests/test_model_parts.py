@@ -17,6 +17,7 @@ from dtrain.model.build import build_cross_encoder, describe, parameter_roles, t
 from dtrain.model.config import EncoderConfig, FreezeConfig, ModelConfig, UserConfig
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.encoder import Encoder
+from dtrain.model.items import Standardize
 from dtrain.model.layers import PlatformAdapters, Temperature
 from dtrain.model.objectives import info_nce, pointwise_bce
 from dtrain.model.user import UserEncoder
@@ -253,7 +254,8 @@ def test_description_counts_every_weight_once(tiny_encoder: Path) -> None:
     assert told["parameters"] == sum(p.numel() for p in model.parameters())
     assert told["trainable"] == told["parameters"] - told["parts"]["encoder"]["parameters"]
     assert sum(part["parameters"] for part in told["parts"].values()) == told["parameters"]
-    assert told["buffer_floats"] == model.memory.vector_IH.numel()
+    # Memory, and mean and scale of the text vectors.
+    assert told["buffer_floats"] == model.memory.vector_IH.numel() + 2 * model.encoder.hidden
     frozen = train_flops_per_token(model.encoder, 16)
     assert train_flops_per_token(toy_model(tiny_encoder).encoder, 16) > 2.5 * frozen
 
@@ -320,3 +322,18 @@ def test_config_reads_from_overrides_and_names_what_is_wrong() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(ModelConfig, None, ["encoder.name=x", override])
+
+
+def test_standardised_texts_have_mean_0_and_deviation_1_also_after_a_cast() -> None:
+    torch.manual_seed(0)
+    text_NH = torch.randn(200, 6) * torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0, 3.0]) + 5
+    module = Standardize(6)
+    torch.testing.assert_close(module(text_NH), text_NH)  # until it is fitted
+    module.fit(text_NH)
+    module.bfloat16()
+    made_NH = module(text_NH)
+    assert made_NH.dtype == torch.float32
+    torch.testing.assert_close(made_NH.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    varied = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(made_NH.std(0, unbiased=False)[varied], torch.ones(5), atol=1e-4, rtol=0)
+    assert float(made_NH[:, 4].abs().max()) < 1e-3  # a constant dimension is not blown up

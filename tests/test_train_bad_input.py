@@ -74,7 +74,12 @@ def test_a_platform_with_fewer_samples_than_ranks_trains(tmp_path: Path, tiny_en
 def test_ctrl_c_ends_with_130_and_leaves_the_checkpoint(tmp_path: Path, shops: Path, tiny_encoder: Path) -> None:
     config = run_config(tmp_path, shops, tiny_encoder, train={"steps": 5000, "valid_every": 4, "checkpoint_every": 2})
     process = subprocess.Popen(
-        command("train", str(config)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        command("train", str(config)),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for us
     )
     assert process.stderr is not None
     told = []

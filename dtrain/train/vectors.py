@@ -110,7 +110,7 @@ def encode_catalog(
             )
             done += len(rows)
         now = time.perf_counter()
-        if now - told > _PROGRESS_S or done == len(first):
+        if now - told > _PROGRESS_S or (done == len(first) and now - began > 1.0):
             log.info("encoded %d of %d distinct %s, %.0f/s", done, len(first), what, done / max(1e-9, now - began))
             told = now
     return text_NH[torch.from_numpy(text_of_item)]
