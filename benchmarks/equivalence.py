@@ -3,8 +3,8 @@
     python benchmarks/equivalence.py DATA [OUT]
 
 DATA is the demo's prepared folder. A small random BERT (hidden 32, 2 layers) with the demo's tokenizer is trained
-for 20 steps (3 in bf16), dropout 0, on both platforms: python on 1 rank, torchrun and deepspeed on 1 and 2 ranks, each through
-ZeRO 0 to 3, fp32 and bf16, accumulation 1 and 4. Loss and gradient norm of every fp32 step must agree with the
+for 20 steps (3 in bf16), dropout 0, on both platforms: python on 1 rank, torchrun and deepspeed on 1 and 2 ranks, each
+through ZeRO 0 to 3, fp32 and bf16, accumulation 1 and 4. Loss and gradient norm of every fp32 step must agree with the
 one-process plain engine to 1e-4 relative; bf16 is reported beside it. Prints a table; exit code 1 when any disagrees.
 """
 
