@@ -109,8 +109,10 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(
     assert "resuming from the checkpoint of step" in again.stderr
     assert losses(tmp_path / "run") == losses(trained)
     assert "60 steps, 0 missing, 0 not as planned" in call(command("audit", str(tmp_path / "run"))).stdout
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.json")}
     finished = call([sys.executable, "launch/train.py", str(config)])
     assert finished.returncode == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.json")} == before
     assert losses(tmp_path / "run") == losses(trained)
 
 

@@ -93,6 +93,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
     folder.drop_lines_after(state.step)
     folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, mixture))
     _keep_encoder(folder, inputs, engine)
+    before, began_at = folder.read_outcome(), state.step
     folder.outcome("running", step=state.step)
     if commit is not None:
         log.info("resuming from the checkpoint of step %d", state.step)
@@ -116,6 +117,9 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
         )
         status = loop.run()
     stopping = state.stopping
+    if state.step == began_at and before.get("status") == status:
+        folder.outcome(**before)  # it had ended before: what it took stays on record
+        return status
     folder.outcome(
         status,
         step=state.step,

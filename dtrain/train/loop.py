@@ -70,11 +70,12 @@ class Loop:
     state: LoopState
     _meter: Meter = field(init=False)
     _began: float = field(default_factory=time.perf_counter)
-    _saved_step: int = -1
+    _saved_step: int = field(init=False)
 
     def run(self) -> str:
         """Returns "completed" or "stopped_early". The last step is validated and saved in any case."""
         self._meter = Meter(self.platforms)
+        self._saved_step = self.state.step  # a run that was at its end already has nothing new to save
         with tqdm(
             total=self.config.steps,
             initial=self.state.step,
