@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.checkpoint.store import CheckpointStore
+from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.core.comm import Comm, connect
 from dtrain.core.errors import ConfigError, StateMismatch
 from dtrain.core.state import Fragment
@@ -24,6 +24,7 @@ from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from tests.ranks import run_ranks
+from tests.store_toys import store_in
 from tests.toy import ToyModel, toy_batch
 
 OPTIMIZERS = {
@@ -69,11 +70,11 @@ def state_of(engine: BaseEngine) -> dict[str, np.ndarray]:
 
 
 def save(engine: BaseEngine, comm: Comm, folder: Path) -> None:
-    CheckpointStore(folder, comm).save(3, engine.fragments(), state=engine.state())
+    store_in(folder, comm).save(Snapshot(step=3, fragments=list(engine.fragments()), state=engine.state()))
 
 
 def load(engine: BaseEngine, comm: Comm, folder: Path) -> None:
-    store = CheckpointStore(folder, comm)
+    store = store_in(folder, comm)
     commit = store.latest()
     assert commit is not None
     engine.load(store.open(commit), commit.state)
@@ -81,7 +82,7 @@ def load(engine: BaseEngine, comm: Comm, folder: Path) -> None:
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint in full."""
-    store = CheckpointStore(folder, Comm(World(), torch.device("cpu")))
+    store = store_in(folder)
     commit = store.latest()
     assert commit is not None
     source = store.open(commit)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow as pa
 import pytest
 
@@ -22,9 +20,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return Plan(manifest, Mixture.make(MixtureConfig(), samples), PlanConfig(samples=10))
 
 
-def run(plan: Plan, folder: Path, steps: range, size: int = 1) -> list[Path]:
+def run(plan: Plan, steps: range, size: int = 1) -> list[tuple[str, bytes]]:
     """Train over `steps` on `size` ranks, committing one segment a rank; the segments' paths."""
-    paths = []
+    segments = []
     for rank in range(size):
         world = World(rank=rank, size=size)
         ledger = Ledger(world, plan.platforms)
@@ -32,15 +30,12 @@ def run(plan: Plan, folder: Path, steps: range, size: int = 1) -> list[Path]:
         with Stream(plan, readers, world, steps.start) as stream:
             for _ in steps:
                 ledger.record(next(stream))
-        paths.append(folder / f"{steps.start}-{rank}-{size}.arrow")
-        paths[-1].write_bytes(ledger.segment())
-    return paths
+        segments.append((f"{steps.start}-{rank}-{size}.arrow", ledger.segment()))
+    return segments
 
 
-def test_a_run_of_several_pieces_and_world_sizes_is_audited_as_whole(plan: Plan, tmp_path: Path) -> None:
-    pieces = (
-        run(plan, tmp_path, range(7), 1) + run(plan, tmp_path, range(7, 12), 3) + run(plan, tmp_path, range(12, 40))
-    )
+def test_a_run_of_several_pieces_and_world_sizes_is_audited_as_whole(plan: Plan) -> None:
+    pieces = run(plan, range(7), 1) + run(plan, range(7, 12), 3) + run(plan, range(12, 40))
     table = read_ledger(pieces)
     result = audit(table, plan)
     assert result.ok, str(result)
@@ -54,33 +49,33 @@ def test_a_run_of_several_pieces_and_world_sizes_is_audited_as_whole(plan: Plan,
         assert (found.least, found.most) == (counts[i] // size, -(-counts[i] // size))
 
 
-def test_no_user_is_in_the_ledger(plan: Plan, tmp_path: Path) -> None:
-    assert read_ledger(run(plan, tmp_path, range(1))).column_names == ["step", "platform", "shard", "row", "rank"]
+def test_no_user_is_in_the_ledger(plan: Plan) -> None:
+    assert read_ledger(run(plan, range(1))).column_names == ["step", "platform", "shard", "row", "rank"]
 
 
-def test_a_lost_segment_is_named(plan: Plan, tmp_path: Path) -> None:
-    pieces = run(plan, tmp_path, range(5)) + run(plan, tmp_path, range(8, 20))
+def test_a_lost_segment_is_named(plan: Plan) -> None:
+    pieces = run(plan, range(5)) + run(plan, range(8, 20))
     result = audit(read_ledger(pieces), plan)
     assert not result.ok
     assert result.missing_steps == (5, 6, 7)
     assert result.wrong_steps == ()
 
 
-def test_a_lost_rank_makes_its_steps_wrong(plan: Plan, tmp_path: Path) -> None:
-    result = audit(read_ledger(run(plan, tmp_path, range(4), 3)[:2]), plan)
+def test_a_lost_rank_makes_its_steps_wrong(plan: Plan) -> None:
+    result = audit(read_ledger(run(plan, range(4), 3)[:2]), plan)
     assert result.wrong_steps == (0, 1, 2, 3)
     assert not result.ok
 
 
-def test_a_step_trained_twice_is_found(plan: Plan, tmp_path: Path) -> None:
-    pieces = run(plan, tmp_path, range(30)) + run(plan, tmp_path, range(29, 31))
+def test_a_step_trained_twice_is_found(plan: Plan) -> None:
+    pieces = run(plan, range(30)) + run(plan, range(29, 31))
     result = audit(read_ledger(pieces), plan)
     assert result.wrong_steps == (29,)
     assert any(platform.misplaced for platform in result.platforms.values())
 
 
-def test_the_epoch_check_does_not_lean_on_the_plan(plan: Plan, tmp_path: Path) -> None:
-    table = read_ledger(run(plan, tmp_path, range(40)))
+def test_the_epoch_check_does_not_lean_on_the_plan(plan: Plan) -> None:
+    table = read_ledger(run(plan, range(40)))
     rows = table.column("row").to_pylist()
     at = next(i for i, name in enumerate(table.column("platform").to_pylist()) if name == "right")
     rows[at] = next(r for r in range(9) if r != rows[at])
@@ -91,19 +86,18 @@ def test_the_epoch_check_does_not_lean_on_the_plan(plan: Plan, tmp_path: Path) -
     assert result.platforms["left"].misplaced == 0
 
 
-def test_samples_that_the_manifest_does_not_know_are_counted(plan: Plan, tmp_path: Path) -> None:
-    table = read_ledger(run(plan, tmp_path, range(1)))
+def test_samples_that_the_manifest_does_not_know_are_counted(plan: Plan) -> None:
+    table = read_ledger(run(plan, range(1)))
     broken = table.set_column(2, "shard", pa.array([99] * 10, pa.int32()))
     assert sum(platform.misplaced for platform in audit(broken, plan).platforms.values()) >= 10
 
 
-def test_rows_leave_the_ledger_only_once_committed(plan: Plan, tmp_path: Path) -> None:
+def test_rows_leave_the_ledger_only_once_committed(plan: Plan) -> None:
     ledger = Ledger(World(), plan.platforms)
     readers = {name: ShardReader(plan.manifest, name) for name in plan.platforms}
 
     def steps_of(segment: bytes) -> list[int]:
-        (tmp_path / "segment").write_bytes(segment)
-        return sorted(set(read_ledger([tmp_path / "segment"]).column("step").to_pylist()))
+        return sorted(set(read_ledger([("segment", segment)]).column("step").to_pylist()))
 
     with Stream(plan, readers, World()) as stream:
         ledger.record(next(stream))
@@ -117,11 +111,10 @@ def test_rows_leave_the_ledger_only_once_committed(plan: Plan, tmp_path: Path) -
         assert steps_of(ledger.segment()) == []
 
 
-def test_a_damaged_segment_is_named(plan: Plan, tmp_path: Path) -> None:
-    (path,) = run(plan, tmp_path, range(2))
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(CorruptFile, match=path.name):
-        read_ledger([path])
+def test_a_damaged_segment_is_named(plan: Plan) -> None:
+    ((name, content),) = run(plan, range(2))
+    with pytest.raises(CorruptFile, match=name):
+        read_ledger([(name, content[:200])])
 
 
 def test_an_empty_ledger_proves_nothing_wrong(plan: Plan) -> None:

@@ -4,32 +4,30 @@
     claims/000007          slot 7 was claimed (by the attempt named in it) before anything was written for it
     commits/000007.json    the record: the checkpoint exists; or {"void_by": ...}: it never will
 
-A slot goes claimed -> committed | void, or stays claimed when its writer failed. Records are linked into place, so
-the first of two writers wins. An attempt registers first and then voids what earlier attempts have claimed; a writer
-claims first and then looks for a later attempt. Whichever comes first, one sees the other, so a writer left over from
-an earlier attempt never commits.
+A slot goes claimed -> committed | void, or stays claimed when its writer failed. Records are created on condition
+that nothing is there, so the first of two writers wins. An attempt registers first and then voids what earlier
+attempts have claimed; a writer claims first and then looks for a later attempt. Whichever comes first, one sees the
+other, so a writer left over from an earlier attempt never commits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError
-from dtrain.core.storage import fsync_dir, read_json
 
 __all__ = ["Commit", "CommitFile", "CommitLog"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitFile:
-    """A file of a checkpoint. `path` is relative to the store; `role` is "tensors", "index" or "extra"."""
+    """A file of a checkpoint. `path` is relative to the store; `role` is "tensors", "ledger" (a segment) or "link"."""
 
     path: str
     rank: int
@@ -45,68 +43,48 @@ class Commit:
     number: int  # place in the log
     attempt: int  # which start of the run wrote it
     step: int  # optimizer steps consumed
+    kind: str  # "full": a run can go on from it; "weights": masters and buffers alone
     world_size: int
+    wrote: str  # UTC, ISO 8601
     files: tuple[CommitFile, ...]
     state: dict[str, Any]  # JSON state of the engine, the loop, the stream, ...
     fingerprints: dict[str, str]  # of data, tokenizer, model, config: what the checkpoint belongs to
     tags: dict[str, float]  # for example {"best": 0.083}
+    ledger: dict[str, str] | None  # path and sha256 of the ledger's newest link
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.bytes for file in self.files)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Commit:
         return cls(**{**raw, "files": tuple(CommitFile(**file) for file in raw["files"])})
 
 
-def create_once(path: Path, content: str) -> bool:
-    """Write `path` durably if nothing is there; False, and nothing changed, if something is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    try:
-        fsync_dir(path.parent)
-    except OSError:
-        path.unlink()  # what may not last must not count
-        raise
-    return True
-
-
-def _numbers(folder: Path) -> list[int]:
-    return sorted(int(p.name[:6]) for p in folder.glob("[0-9]*")) if folder.is_dir() else []
-
-
 @dataclass(slots=True)
 class CommitLog:
-    """The log below `root`, as one process (rank 0) sees it."""
+    """The log in `blobs`, as one process (rank 0) sees it."""
 
-    root: Path
+    blobs: Blobs
     attempt: int | None = None
+    _nonce: str = field(default_factory=lambda: secrets.token_hex(8))  # no two processes create equal content
 
-    def begin(self) -> int:
-        """Register a new attempt and void the unfinished slots of all earlier ones."""
-        number = max(_numbers(self.root / "attempts"), default=0) + 1
-        while not create_once(self.root / f"attempts/{number:06d}", ""):
+    def begin(self) -> tuple[int, list[int]]:
+        """Register a new attempt and void the unfinished slots of all earlier ones; returns it and those slots."""
+        number = self._newest_attempt() + 1
+        while not self.blobs.create(f"attempts/{number:06d}", self._content({"attempt": number})):
             number += 1
         self.attempt = number
-        committed = set(_numbers(self.root / "commits"))
-        for slot in _numbers(self.root / "claims"):
-            if slot not in committed:
-                self.void(slot)
-        return number
+        committed = set(self._numbers("commits"))
+        unfinished = [slot for slot in self._numbers("claims") if slot not in committed]
+        return number, [slot for slot in unfinished if self.void(slot)]
 
     def claim(self) -> int:
         """Take the next slot. Raises CheckpointError when a later attempt has begun."""
-        attempt = self.begin() if self.attempt is None else self.attempt
-        slots = [*_numbers(self.root / "claims"), *_numbers(self.root / "commits")]
-        number = max(slots, default=0) + 1
-        while not create_once(self.root / f"claims/{number:06d}", json.dumps({"attempt": attempt})):
+        attempt = self.begin()[0] if self.attempt is None else self.attempt
+        number = max([*self._numbers("claims"), *self._numbers("commits")], default=0) + 1
+        while not self.blobs.create(f"claims/{number:06d}", self._content({"attempt": attempt})):
             number += 1
         self._check_newest(number)
         return number
@@ -114,47 +92,56 @@ class CommitLog:
     def commit(self, record: Commit) -> None:
         """Write the record: from here on the checkpoint exists. Raises CheckpointError when the slot was voided."""
         text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False, allow_nan=False)
-        if not create_once(self.record_path(record.number), text):
+        path = self.record_path(record.number)
+        if not self.blobs.create(path, text.encode()):
             self._check_newest(record.number)
-            raise CheckpointError(f"{self.record_path(record.number)}: already there; two runs write into this folder")
+            raise CheckpointError(f"{self.blobs.url}/{path}: already there; two runs write into this folder")
 
-    def void(self, number: int) -> None:
-        """End a slot that holds no checkpoint."""
-        create_once(self.record_path(number), json.dumps({"void_by": self.attempt}))
+    def void(self, number: int) -> bool:
+        """End a slot that holds no checkpoint; False when it is ended already."""
+        return self.blobs.create(self.record_path(number), self._content({"void_by": self.attempt}))
 
-    def record_path(self, number: int) -> Path:
-        return self.root / f"commits/{number:06d}.json"
+    @staticmethod
+    def record_path(number: int) -> str:
+        return f"commits/{number:06d}.json"
 
     def read(self) -> tuple[list[Commit], list[str]]:
         """All records, oldest first, and what is wrong with the unreadable ones."""
         commits, damaged = [], []
-        for number in _numbers(self.root / "commits"):
+        for number in self._numbers("commits"):
             path = self.record_path(number)
             try:
-                raw = read_json(path)
+                raw = json.loads(self.blobs.read(path))
                 if "void_by" not in raw:
                     commits.append(Commit.from_json(raw))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged.append(f"{path}: no readable commit record ({type(error).__name__}: {error})")
+                damaged.append(f"{self.blobs.url}/{path}: no readable commit record ({type(error).__name__}: {error})")
         return commits, damaged
 
     def forget(self, numbers: set[int], before: int) -> None:
         """Remove these records, and the voids and claims of slots below `before`."""
         committed = {commit.number for commit in self.read()[0]}
-        stale = {n for n in _numbers(self.root / "commits") if n < before and n not in committed}
-        for number in numbers | stale:
-            self.record_path(number).unlink(missing_ok=True)
-        if numbers | stale:
-            fsync_dir(self.root / "commits")
-        for number in _numbers(self.root / "claims"):
+        stale = {n for n in self._numbers("commits") if n < before and n not in committed}
+        for number in sorted(numbers | stale):
+            self.blobs.remove(self.record_path(number))
+        for number in self._numbers("claims"):
             if number < before:
-                (self.root / f"claims/{number:06d}").unlink(missing_ok=True)
+                self.blobs.remove(f"claims/{number:06d}")
+
+    def _content(self, value: dict[str, Any]) -> bytes:
+        return json.dumps({**value, "nonce": self._nonce}).encode()
+
+    def _numbers(self, folder: str) -> list[int]:
+        return sorted(int(name[:6]) for name in self.blobs.names(folder) if name[:6].isdigit())
+
+    def _newest_attempt(self) -> int:
+        return max(self._numbers("attempts"), default=0)
 
     def _check_newest(self, number: int) -> None:
-        newest = max(_numbers(self.root / "attempts"), default=0)
+        newest = self._newest_attempt()
         if self.attempt is not None and newest > self.attempt:
             self.void(number)
             raise CheckpointError(
-                f"{self.root}: start {newest} of this run has taken over from start {self.attempt}, which may save no "
-                "more; stop the older processes"
+                f"{self.blobs.url}: start {newest} of this run has taken over from start {self.attempt}, which may "
+                "save no more; stop the older processes"
             )

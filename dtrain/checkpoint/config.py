@@ -11,10 +11,23 @@ __all__ = ["CheckpointConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints stay."""
+    """Where checkpoints go, how, and which stay."""
 
-    keep_last: int = 2  # newest commits to keep, beside the best; older ones go after the next commit
+    path: str = ""  # folder or s3://bucket/prefix; empty: `checkpoints` in the run folder
+    async_: bool = False  # `checkpoint.async`: hash and write behind the training; a step pays for a copy in memory
+    timeout_s: float = 600.0  # a rank that takes so much longer than rank 0 to write its part fails the save
+    max_failed: int = 3  # failed saves in a row that end the run; the last save of a run must succeed
+    weights_every: int = 0  # steps between weights-only checkpoints, for evaluation; 0: none
+    keep_last: int = 2  # newest checkpoints to keep, beside the best; older ones go after the next commit
+    keep_every: int = 0  # checkpoints at multiples of so many steps stay for ever; 0: none
+    keep_weights: int = 0  # newest weights-only checkpoints to keep; 0: all
 
     def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        for name, low in (("max_failed", 1), ("weights_every", 0), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be at least {low}")
+        if self.keep_weights < 0 or self.timeout_s <= 0:
+            raise ConfigError(
+                f"checkpoint.keep_weights={self.keep_weights} must not be below 0, and "
+                f"checkpoint.timeout_s={self.timeout_s:g} must be above"
+            )

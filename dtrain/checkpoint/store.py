@@ -1,99 +1,101 @@
 """`CheckpointStore`: sharded checkpoints of a run, committed by all ranks or by none.
 
     step-00000120-000007/rank-00000-of-00002.safetensors   fragments of rank 0
-    step-00000120-000007/rank-00000-of-00002.json          their index
-    step-00000120-000007/rank-00000-of-00002.NAME          other bytes of rank 0
+    ledger/000007...                                       see `dtrain.checkpoint.journal`
     commits/000007.json                                    the record, written last
 
-All ranks must see the same folder. Methods marked collective are called by every rank.
+All ranks must see the same store. Methods marked collective are called by every rank, from one thread at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import hashlib
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Iterator
 from typing import Any
 
+from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.commits import Commit, CommitFile, CommitLog
 from dtrain.checkpoint.config import CheckpointConfig
-from dtrain.checkpoint.shards import ShardedSource, write_shard
-from dtrain.core.comm import Comm
+from dtrain.checkpoint.journal import segment_path, write_link
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.checkpoint.source import ShardedSource
+from dtrain.checkpoint.tensorfile import write_tensors
+from dtrain.core import failpoints
+from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError
-from dtrain.core.state import Fragment
-from dtrain.core.storage import atomic_file, fsync_dir, sha256_file
 
-__all__ = ["CheckpointStore"]
+__all__ = ["CheckpointStore", "superfluous"]
 
 log = logging.getLogger("dtrain")
 
+_CHUNK_BYTES = 8 << 20  # read and hashed at a time
+
 
 class CheckpointStore:
-    """Saves, finds, verifies, opens and prunes the checkpoints below `root`."""
+    """Saves, finds, verifies, opens and prunes checkpoints in `blobs`."""
 
-    def __init__(self, root: Path, comm: Comm, config: CheckpointConfig | None = None) -> None:
-        self._root, self._comm = Path(root), comm
+    def __init__(self, blobs: Blobs, ballot: Ballot, config: CheckpointConfig | None = None) -> None:
+        self.blobs, self._ballot = blobs, ballot
         self._config = config or CheckpointConfig()
-        self._log = CommitLog(self._root)  # rank 0 alone writes with it
+        self._log = CommitLog(blobs)  # rank 0 alone writes with it
 
-    def begin(self) -> None:
+    def begin(self) -> int:
         """Register this start of the run, so that processes of an earlier one can't commit any more. Collective.
 
-        Call it before loading; `save` does it if it wasn't.
+        Call it before loading; `save` does it if it wasn't. Returns the number of the start.
         """
-        self._on_main(self._log.begin)
+        attempt: int = self._ballot.lead(self._begin)
+        return attempt
 
-    def save(
-        self,
-        step: int,
-        fragments: Iterable[Fragment],
-        *,
-        state: Mapping[str, Any],
-        extra: Mapping[str, bytes] | None = None,
-        fingerprints: Mapping[str, str] | None = None,
-        tags: Mapping[str, float] | None = None,
-    ) -> Commit:
-        """Write and commit this rank's fragments and `extra` bytes beside all other ranks'; then prune. Collective.
+    def save(self, snapshot: Snapshot) -> Commit:
+        """Write and commit this rank's snapshot beside all other ranks'; then prune. Collective.
 
-        `state` (JSON-able), `fingerprints` and `tags` count as rank 0 gives them. Raises CheckpointError on every
-        rank, with the earlier commits intact, when any rank fails to write or a later start of the run took over.
+        Raises CheckpointError on every rank, with the earlier commits intact, when any rank fails to write, does not
+        answer in time, or a later start of the run took over.
         """
-        number, attempt = self._on_main(lambda: [self._log.claim(), self._log.attempt])
-        folder = self._root / f"step-{step:08d}-{number:06d}"
+        step, rank = snapshot.step, self._ballot.world.rank
+        failpoints.reach("claim", step)
+        number, attempt = self._ballot.lead(lambda: [self._log.claim(), self._log.attempt])
         problem, files = "", []
         try:
-            files = self._write(folder, fragments, extra or {})
+            files = self._write(f"step-{step:08d}-{number:06d}", number, snapshot)
         except Exception as error:  # whatever it was, the other ranks must hear of it instead of waiting
-            problem = f"rank {self._comm.world.rank} could not write {folder}: {type(error).__name__}: {error}"
-        votes = self._comm.gather_json([problem, files])
-        problems = [vote[0] for vote in votes if vote[0]]
-        if problems:
-            self._on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-            raise CheckpointError(
-                f"checkpoint of step {step} was not committed: {'; '.join(problems)}. Earlier checkpoints are intact; "
-                "make room or mend the cause, then resume"
-            )
+            problem = f"rank {rank} could not write to {self.blobs.url}: {type(error).__name__}: {error}"
+        failpoints.reach("vote")
         record = Commit(
             number=number,
             attempt=attempt,
             step=step,
-            world_size=self._comm.world.size,
-            files=tuple(CommitFile(**file) for vote in votes for file in vote[1]),
-            state=dict(state),
-            fingerprints=dict(fingerprints or {}),
-            tags=dict(tags or {}),
+            kind=snapshot.kind,
+            world_size=self._ballot.world.size,
+            wrote=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            files=(),
+            state=dict(snapshot.state),
+            fingerprints=dict(snapshot.fingerprints),
+            tags=dict(snapshot.tags),
+            ledger=None,
         )
-        self._on_main(lambda: self._commit(record, folder))
-        return record
+        raw = self._ballot.decide(
+            [problem, [dataclasses.asdict(file) for file in files]],
+            lambda votes: self._conclude(record, snapshot, votes),
+        )
+        failpoints.reach("committed")
+        return Commit.from_json(raw)
 
     def commits(self) -> list[Commit]:
         """All commit records, oldest first, whether or not their files are whole."""
         return self._log.read()[0]
 
+    def damaged_records(self) -> list[str]:
+        """What is wrong with the records that can't be read."""
+        return self._log.read()[1]
+
     def latest(self) -> Commit | None:
-        """The newest checkpoint whose files are whole, or None. Damage on the way is logged by name. Collective."""
+        """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective."""
         return self._newest("")
 
     def best(self) -> Commit | None:
@@ -105,69 +107,101 @@ class CheckpointStore:
 
         Every rank reads its share of the files.
         """
-        world = self._comm.world
+        world = self._ballot.world
         mine = [found for file in commit.files[world.rank :: world.size] if (found := self._damage(file))]
-        return [problem for part in self._comm.gather_json(mine) for problem in part]
+        return [problem for part in self._ballot.gather(mine) for problem in part]
 
     def open(self, commit: Commit) -> ShardedSource:
         """The fragments of a checkpoint, read when asked for. Check it with `verify` first; `latest` and `best` do."""
-        return ShardedSource(self._root / file.path for file in commit.files if file.role == "index")
+        return ShardedSource(self.blobs, (file.path for file in commit.files if file.role == "tensors"))
 
-    def extra(self, commit: Commit, name: str) -> list[bytes]:
-        """The `extra` bytes that each rank saved under `name`, in rank order; ranks without are left out."""
-        found = sorted((f for f in commit.files if f.role == "extra" and f.path.endswith(f".{name}")), key=_rank)
-        return [(self._root / file.path).read_bytes() for file in found]
-
-    def _write(self, folder: Path, fragments: Iterable[Fragment], extra: Mapping[str, bytes]) -> list[dict[str, Any]]:
-        """Write this rank's files durably; returns their `CommitFile`s as JSON."""
-        folder.mkdir(parents=True, exist_ok=True)
-        world = self._comm.world
-        stem = folder / f"rank-{world.rank:05d}-of-{world.size:05d}"
-        tensors, index = write_shard(stem.with_suffix(".safetensors"), fragments)
-        roles = {tensors: "tensors", index: "index"}
-        for name, content in extra.items():
-            path = stem.with_suffix(f".{name}")
-            with atomic_file(path) as file:
-                file.write(content)
-            roles[path] = "extra"
-        fsync_dir(folder)
-        return [
-            {
-                "path": path.relative_to(self._root).as_posix(),
-                "rank": world.rank,
-                "role": role,
-                "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
-            for path, role in roles.items()
-        ]
-
-    def _commit(self, record: Commit, folder: Path) -> None:
-        fsync_dir(self._root)
-        try:
-            self._log.commit(record)
-        except (OSError, CheckpointError):
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._prune()
-
-    def _prune(self) -> None:
-        """Remove what the newest commit makes superfluous, records before files, and folders that no record names."""
+    def remove(self, numbers: set[int]) -> None:
+        """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone."""
         commits = self.commits()
-        best = [commit for commit in commits if "best" in commit.tags][-1:]
-        kept = {commit.number: commit for commit in [*commits[-self._config.keep_last :], *best]}
-        self._log.forget({commit.number for commit in commits} - kept.keys(), before=commits[-1].number)
-        named = {Path(file.path).parts[0] for commit in kept.values() for file in commit.files}
-        for folder in self._root.glob("step-*"):
-            if folder.name not in named:
-                shutil.rmtree(folder, ignore_errors=True)
+        newest = max((commit.number for commit in commits), default=0)
+        self._log.forget(numbers, before=newest)
+        failpoints.reach("prune")
+        kept = {commit.number for commit in commits} - numbers
+        for name in self.blobs.names(""):
+            slot = _slot(name)
+            if slot is not None and slot not in kept and slot <= newest:  # later slots may belong to a later start
+                self.blobs.remove(name)
+
+    def _begin(self) -> int:
+        attempt, voided = self._log.begin()
+        for number in voided:
+            self._discard(number)
+        self.blobs.clean("")
+        return attempt
+
+    def _discard(self, number: int) -> None:
+        """Remove what was written for a slot that will never be committed."""
+        for name in self.blobs.names(""):
+            if _slot(name) == number:
+                self.blobs.clean(name)
+                self.blobs.remove(name)
+        self.blobs.remove(f"ledger/{number:06d}.json")
+        self.blobs.remove(f"ledger/{number:06d}")
+
+    def _write(self, folder: str, number: int, snapshot: Snapshot) -> list[CommitFile]:
+        """Write this rank's files durably."""
+        world, files = self._ballot.world, []
+        failpoints.reach("write")
+        path = f"{folder}/rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
+        size, digest = write_tensors(self.blobs, path, snapshot.fragments)
+        files.append(CommitFile(path=path, rank=world.rank, role="tensors", bytes=size, sha256=digest))
+        if snapshot.ledger is not None:
+            path = segment_path(number, world.rank)
+            with self.blobs.write(path) as file:
+                file.write(snapshot.ledger)
+            digest = hashlib.sha256(snapshot.ledger).hexdigest()
+            size = len(snapshot.ledger)
+            files.append(CommitFile(path=path, rank=world.rank, role="ledger", bytes=size, sha256=digest))
+        return files
+
+    def _conclude(self, record: Commit, snapshot: Snapshot, votes: list[Any]) -> dict[str, Any]:
+        """Commit what every rank has written, or remove it. Rank 0 alone."""
+        try:
+            problems = [vote[0] for vote in votes if vote[0]]
+            if problems:
+                raise CheckpointError("; ".join(problems))
+            files = [CommitFile(**file) for vote in votes for file in vote[1]]
+            segments = [file for file in files if file.role == "ledger"]
+            link = None
+            if segments:
+                link = write_link(self.blobs, record.number, record.step, segments, snapshot.ledger_after)
+                files.append(link)
+            record = dataclasses.replace(
+                record, files=tuple(files), ledger={"path": link.path, "sha256": link.sha256} if link else None
+            )
+            failpoints.reach("record")
+            self._log.commit(record)
+        except (OSError, CheckpointError) as error:
+            self._give_up(record.number)
+            raise CheckpointError(
+                f"checkpoint of step {record.step} was not committed: {error}. Earlier checkpoints are intact; make "
+                "room or mend the cause, then resume"
+            ) from error
+        try:
+            self.remove({commit.number for commit in superfluous(self.commits(), self._config)})
+        except (OSError, CheckpointError) as error:  # what was just committed stays committed
+            log.warning("old checkpoints could not be removed: %s", error)
+        return dataclasses.asdict(record)
+
+    def _give_up(self, number: int) -> None:
+        """End a slot without a checkpoint. Its files go only when it is certain that no record names them."""
+        try:
+            if self._log.void(number):
+                self._discard(number)
+        except (OSError, CheckpointError) as error:
+            log.warning("what was written for slot %d stays until the next start of the run: %s", number, error)
 
     def _newest(self, tag: str) -> Commit | None:
-        commits, damaged = self._on_main(self._readable)
+        commits, damaged = self._ballot.lead(self._readable)
         for problem in damaged:
             self._warn(problem)
         for commit in map(Commit.from_json, reversed(commits)):
-            if tag and tag not in commit.tags:
+            if commit.kind != "full" or (tag and tag not in commit.tags):
                 continue
             problems = self.verify(commit)
             if not problems:
@@ -180,32 +214,47 @@ class CheckpointStore:
         return [[dataclasses.asdict(commit) for commit in commits], damaged]
 
     def _damage(self, file: CommitFile) -> str:
-        path = self._root / file.path
+        where = f"{self.blobs.url}/{file.path}"
         try:
-            size = path.stat().st_size
+            size = self.blobs.size(file.path)
             if size != file.bytes:
-                return f"{path} has {size} bytes, {file.bytes} were committed"
-            return "" if sha256_file(path) == file.sha256 else f"the SHA-256 of {path} is not the committed one"
+                return f"{where} has {size} bytes, {file.bytes} were committed"
+            digest = hashlib.sha256()
+            for chunk in self._chunks(file.path, size):
+                digest.update(chunk)
+        except FileNotFoundError:
+            return f"{where} is missing"
         except OSError as error:
-            return f"{path} can't be read ({error.strerror})"
+            return f"{where} can't be read ({error.strerror or error})"
+        return "" if digest.hexdigest() == file.sha256 else f"the SHA-256 of {where} is not the committed one"
+
+    def _chunks(self, path: str, size: int) -> Iterator[memoryview]:
+        buffer = bytearray(min(size, _CHUNK_BYTES))
+        for start in range(0, size, _CHUNK_BYTES):
+            chunk = memoryview(buffer)[: min(_CHUNK_BYTES, size - start)]
+            self.blobs.read_into(path, start, chunk)
+            yield chunk
 
     def _warn(self, problem: str) -> None:
-        if self._comm.world.is_main:
+        if self._ballot.world.is_main:
             log.warning("%s; using the newest whole checkpoint before it", problem)
 
-    def _on_main(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0 (JSON-able), on every rank; its error, as CheckpointError, too."""
-        result, problem = None, ""
-        if self._comm.world.is_main:
-            try:
-                result = function()
-            except (OSError, CheckpointError) as error:
-                problem = str(error)
-        result, problem = self._comm.gather_json([result, problem])[0]
-        if problem:
-            raise CheckpointError(problem)
-        return result
+
+def _slot(folder: str) -> int | None:
+    found = re.fullmatch(r"step-\d+-(\d+)", folder)
+    return int(found[1]) if found else None
 
 
-def _rank(file: CommitFile) -> int:
-    return file.rank
+def superfluous(commits: list[Commit], config: CheckpointConfig) -> list[Commit]:
+    """The checkpoints that `config` no longer keeps, oldest first; `commits` are all, oldest first.
+
+    Kept are the newest `keep_last` full ones, the newest tagged best, every one at a multiple of `keep_every` steps,
+    and the newest `keep_weights` of weights alone (0: all of them).
+    """
+    full = [commit for commit in commits if commit.kind == "full"]
+    weights = [commit for commit in commits if commit.kind == "weights"]
+    kept = [*full[-config.keep_last :], *[c for c in full if "best" in c.tags][-1:], *weights[-config.keep_weights :]]
+    if config.keep_every:
+        kept += [commit for commit in full if commit.step % config.keep_every == 0]
+    numbers = {commit.number for commit in kept}
+    return [commit for commit in commits if commit.number not in numbers]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from dtrain.checkpoint.store import CheckpointStore
+from dtrain.checkpoint.journal import read_chain
 from dtrain.core.comm import connect
 from dtrain.core.errors import CheckpointError
 from dtrain.core.world import World
@@ -12,8 +10,7 @@ from dtrain.data.ledger import audit, read_ledger
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture
 from dtrain.data.plan import Plan
-from dtrain.train.ledgers import segment_paths
-from dtrain.train.open import check_fingerprints, read_run_config
+from dtrain.train.open import check_fingerprints, open_store, read_run_config
 
 __all__ = ["audit_run"]
 
@@ -25,14 +22,15 @@ def audit_run(run: str) -> int:
     """
     config = read_run_config(run)
     with connect(World()) as comm:
-        store = CheckpointStore(Path(run) / "checkpoints", comm, config.checkpoint)
+        store = open_store(run, config, comm)
         commit = store.latest()
-    if commit is None or not commit.state["ledger"]:
+    if commit is None or commit.ledger is None:
         raise CheckpointError(f"{run}: no ledger; train with stream.ledger=true to keep one")
     manifest = Manifest.load(config.data.path).select(config.data.platforms)
     saved = commit.fingerprints["manifest"]
     check_fingerprints({"manifest": saved, "tokenizer": ""}, {"manifest": manifest.fingerprint, "tokenizer": ""})
-    table = read_ledger(segment_paths(Path(run) / "ledger", commit.state["ledger"]))
+    links = read_chain(store.blobs, commit.ledger)
+    table = read_ledger(segment for link in links for segment in link.segments)
     found = audit(table, Plan(manifest, Mixture.from_json(commit.state["mixture"]), config.plan))
     print(found)
     print(f"up to step {commit.step}: {'as planned' if found.ok else 'NOT as planned'}")

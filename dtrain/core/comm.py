@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from dtrain.core.world import World
 
@@ -90,6 +90,14 @@ class Comm:
         if self.world.size == 1:
             return own
         return np.unique(np.concatenate([np.frombuffer(p, dtype=np.int64) for p in self.gather_bytes(own.tobytes())]))
+
+    def mailbox(self, name: str) -> Store | None:
+        """A key-value store that all ranks share, over a connection of its own, so that waiting on it disturbs no
+        collective and no other thread. None where this rank is alone.
+        """
+        if self.world.size == 1:
+            return None
+        return PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

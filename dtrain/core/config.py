@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,9 +42,10 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
         merged = _read(Path(path), ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
-    _check_keys(schema, OmegaConf.to_container(merged, resolve=False), str(path or "overrides"), "")
+    raw = OmegaConf.to_container(merged, resolve=False)
+    _check_keys(schema, raw, str(path or "overrides"), "")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_spelled(schema, raw, _field_of)))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"{path}: {missing[0]} has no value; it is required. Set it: {missing[0]}=...")
@@ -57,13 +59,33 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain nested dict of a config dataclass."""
     container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    assert isinstance(container, dict)
-    return {str(k): v for k, v in container.items()}
+    spelled = _spelled(type(config), container, _key_of)
+    assert isinstance(spelled, dict)
+    return spelled
 
 
 def dump_yaml(config: Any) -> str:
     """YAML text of a config dataclass, in the order of its fields; `load_config` reads it back."""
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def _key_of(field: str) -> str:
+    """A field that would be a Python keyword has an underscore at its end, which its key in a config has not."""
+    return field.removesuffix("_")
+
+
+def _field_of(key: str) -> str:
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def _spelled(schema: Any, node: Any, spell: Callable[[str], str]) -> Any:
+    """`node` with the names of dataclass fields, at any depth, spelled otherwise."""
+    if not (dataclasses.is_dataclass(schema) and isinstance(node, dict)):
+        return node
+    hints = get_type_hints(schema)
+    return {
+        spell(str(key)): _spelled(hints.get(_field_of(_key_of(str(key)))), value, spell) for key, value in node.items()
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -118,9 +140,7 @@ def _check_keys(schema: Any, node: Any, where: str, prefix: str) -> None:
     """Name an unknown key with its full path and nearest neighbour, which OmegaConf alone does only in part."""
     if not (dataclasses.is_dataclass(schema) and isinstance(node, dict)):
         return
-    from typing import get_args, get_origin, get_type_hints
-
-    hints = get_type_hints(schema)
+    hints = {_key_of(field): hint for field, hint in get_type_hints(schema).items()}
     for key, value in node.items():
         if key not in hints:
             raise ConfigError(f"{where}: unknown key {prefix}{key}.{nearest(str(key), sorted(hints))}")

@@ -40,3 +40,7 @@ class FragmentSource(Protocol):
     def read(self, kind: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
         """Elements [offset, offset + numel) of the flattened tensor (all when None), on the CPU."""
         ...
+
+    def read_into(self, kind: str, name: str, offset: int, out: Tensor) -> None:
+        """Fill the one-dimensional `out`, on any device and of any type, with the elements from `offset` on."""
+        ...

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -73,20 +72,19 @@ class Ledger:
         self._written = 0
 
 
-def read_ledger(paths: Iterable[Path]) -> pa.Table:
-    """All rows of these segment files, ordered by step, platform, shard and row; `platform` as plain strings.
+def read_ledger(segments: Iterable[tuple[str, bytes]]) -> pa.Table:
+    """All rows of these segments (name, content), ordered by step, platform, shard and row; `platform` as strings.
 
     Raises CorruptFile naming a segment that can't be read.
     """
     tables = [LEDGER.empty_table()]
-    for path in paths:
+    for name, content in segments:
         try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-            if not table.schema.equals(LEDGER):
-                raise CorruptFile(f"{path}: columns {table.schema.names} are not those of a ledger segment")
+            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise CorruptFile(f"{path}: not a ledger segment ({error}); restore it or leave it out") from error
+            raise CorruptFile(f"{name}: not a ledger segment ({error}); restore it or leave it out") from error
+        if not table.schema.equals(LEDGER):
+            raise CorruptFile(f"{name}: columns {table.schema.names} are not those of a ledger segment")
         tables.append(table)
     merged = pa.concat_tables(tables)
     merged = merged.set_column(1, "platform", merged.column("platform").cast(pa.string()))

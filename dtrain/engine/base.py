@@ -212,7 +212,7 @@ class BaseEngine(abc.ABC):
             wanted = {"master": piece.master, **(piece.moments if moments else {})}
             for kind, tensor in wanted.items():
                 _check_shape(source, kind, piece.name, piece.shape)
-                tensor.copy_(source.read(kind, piece.name, piece.offset, tensor.numel()))
+                source.read_into(kind, piece.name, piece.offset, tensor)
         self._masters_changed()
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:

@@ -214,6 +214,9 @@ class _Weights:
     def read(self, kind: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
         return self._weights[name].view(-1)[offset : None if numel is None else offset + numel]
 
+    def read_into(self, kind: str, name: str, offset: int, out: Tensor) -> None:
+        out.copy_(self.read(kind, name, offset, out.numel()))
+
 
 def _settings(setup: Setup) -> dict[str, Any]:
     """DeepSpeed's configuration: the user's keys under dtrain's."""

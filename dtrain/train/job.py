@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dtrain.core.config import dump_yaml
 from dtrain.core.errors import ConfigError, DtrainError
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
+from dtrain.data.ledger import Ledger
 from dtrain.data.mixture import Mixture
 from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
@@ -30,10 +30,10 @@ from dtrain.model.build import parameter_roles
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig, check_binding
-from dtrain.train.ledgers import LedgerBook
 from dtrain.train.loop import Loop, LoopState
-from dtrain.train.open import check_fingerprints
+from dtrain.train.open import check_fingerprints, open_store
 from dtrain.train.runfolder import RunFolder, open_log, versions
+from dtrain.train.saving import RunSaver
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.stopping import Stopping
 from dtrain.train.validation import validator
@@ -76,18 +76,16 @@ def set_threads(config: RunConfig, world: World) -> None:
 
 
 def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
-    store = CheckpointStore(folder.checkpoints, comm, config.checkpoint)
+    store = open_store(folder.path, config, comm)
     commit = _commit_to_resume(config, store)
     inputs = open_inputs(config, comm)
     mixture = Mixture.make(config.mixture, {n: p.train_samples for n, p in inputs.manifest.platforms.items()})
     state = LoopState(stopping=Stopping(patience=config.train.patience))
-    segments: list[dict[str, Any]] = []
     if commit is not None:
         check_binding(commit.state["binding"], config.binding())
         check_fingerprints(commit.fingerprints, inputs.fingerprints())
         mixture = Mixture.from_json(commit.state["mixture"])
         state.restore(commit.state["loop"])
-        segments = commit.state["ledger"]
     _check_world(config, comm.world)
     engine = _engine(config, inputs, comm, store, commit)
     folder.drop_lines_after(state.step)
@@ -97,13 +95,14 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
     folder.outcome("running", step=state.step)
     if commit is not None:
         log.info("resuming from the checkpoint of step %d", state.step)
-    ledger = LedgerBook(folder.path / "ledger", comm, inputs.platforms, segments) if config.stream.ledger else None
-    saver = _Saver(config, inputs, mixture, engine, store, ledger)
+    ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
+    saver = RunSaver(config, inputs.fingerprints(), mixture, engine, store, ledger, commit.ledger if commit else None)
     plan = Plan(inputs.manifest, mixture, config.plan)
     readers = {name: ShardReader(inputs.manifest, name, cached_blocks=_CACHED_BLOCKS) for name in inputs.platforms}
     with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
         loop = Loop(
             config=config.train,
+            weights_every=config.checkpoint.weights_every,
             comm=comm,
             platforms=inputs.platforms,
             stream=stream,
@@ -111,7 +110,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
             engine=engine,
             ledger=ledger,
             validate=validator(config, inputs, engine, comm),
-            save=saver.save,
+            saver=saver,
             folder=folder,
             state=state,
         )
@@ -206,33 +205,3 @@ def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, mi
             for name, p in inputs.manifest.platforms.items()
         },
     }
-
-
-@dataclass(slots=True)
-class _Saver:
-    """Commits a checkpoint of everything that a resumed run needs."""
-
-    config: RunConfig
-    inputs: Inputs
-    mixture: Mixture
-    engine: BaseEngine
-    store: CheckpointStore
-    ledger: LedgerBook | None
-
-    def save(self, state: LoopState, best: bool) -> None:
-        segments = self.ledger.write(state.step) if self.ledger is not None else []
-        self.store.save(
-            state.step,
-            self.engine.fragments(),
-            state={
-                "binding": self.config.binding(),
-                "engine": self.engine.state(),
-                "loop": state.to_json(),
-                "mixture": self.mixture.to_json(),
-                "ledger": segments,
-            },
-            fingerprints=self.inputs.fingerprints(),
-            tags={"best": state.stopping.best} if best and state.stopping.best is not None else {},
-        )
-        if self.ledger is not None:
-            self.ledger.committed()

@@ -8,22 +8,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
 from dtrain.data.batch import PairBatch, StepBatch
+from dtrain.data.ledger import Ledger
 from dtrain.data.stream import StepSamples, Stream
 from dtrain.engine.protocol import Engine, StepResult
 from dtrain.train.config import TrainConfig
-from dtrain.train.ledgers import LedgerBook
 from dtrain.train.meter import Meter
 from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopping import Stopping, aggregate
 
-__all__ = ["Loop", "LoopState"]
+__all__ = ["Loop", "LoopState", "Saver"]
 
 log = logging.getLogger("dtrain")
 
@@ -49,23 +49,40 @@ class LoopState:
         self.stopping = self.stopping.resumed(saved["stopping"])
 
 
+class Saver(Protocol):
+    """What saves the run. Collective calls."""
+
+    def save(self, state: LoopState, best: bool) -> None:
+        """Commit a checkpoint that the run can go on from, now or behind the training."""
+        ...
+
+    def save_weights(self, state: LoopState) -> None:
+        """Commit the weights alone, for evaluation."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for a save in flight. Raises CheckpointError when the last `save` did not become a checkpoint."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Loop:
     """Steps from `state.step` to `config.steps`, with logging, validation, early stopping and checkpoints.
 
     `collate` turns the stream's samples into a batch; `validate` ranks the valid split and gives metrics per
-    platform; `save(state, best)` commits a checkpoint. All of them are collective calls.
+    platform. All of them are collective calls.
     """
 
     config: TrainConfig
+    weights_every: int  # steps between weights-only checkpoints; 0: none
     comm: Comm
     platforms: tuple[str, ...]
     stream: Stream
     collate: Callable[[StepSamples], StepBatch | PairBatch]
     engine: Engine
-    ledger: LedgerBook | None
+    ledger: Ledger | None
     validate: Callable[[], dict[str, dict[str, float]]]
-    save: Callable[[LoopState, bool], None]
+    saver: Saver
     folder: RunFolder
     state: LoopState
     _meter: Meter = field(init=False)
@@ -86,7 +103,8 @@ class Loop:
             while self.state.step < self.config.steps and not self.state.stopping.stopped:
                 self._step(bar)
         if self._saved_step != self.state.step:
-            self.save(self.state, False)
+            self.saver.save(self.state, False)
+        self.saver.finish()
         return "stopped_early" if self.state.stopping.stopped else "completed"
 
     def _step(self, bar: tqdm[Any]) -> None:
@@ -105,8 +123,11 @@ class Loop:
             self._log(result, bar)
         improved = self._validate() if self._due(self.config.valid_every) else False
         if improved or self._due(self.config.checkpoint_every):
-            self.save(self.state, improved)
+            self.saver.save(self.state, improved)
             self._saved_step = self.state.step
+            self._meter.restart()
+        elif self.weights_every > 0 and self.state.step % self.weights_every == 0:
+            self.saver.save_weights(self.state)
             self._meter.restart()
 
     def _due(self, every: int) -> bool:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
+from dtrain.core.blobs import open_blobs
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
@@ -20,7 +22,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
 from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
-__all__ = ["OpenRun", "check_fingerprints", "load_weights", "open_run", "read_run_config"]
+__all__ = ["OpenRun", "check_fingerprints", "load_weights", "open_run", "open_store", "read_run_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,12 @@ def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
     return load_config(RunConfig, path / "config.yaml", overrides)
 
 
+def open_store(run: str | Path, config: RunConfig, comm: Comm) -> CheckpointStore:
+    """The checkpoints of a run folder, wherever its config puts them. Raises ConfigError for a place we can't use."""
+    ballot = Ballot(comm.world, comm.mailbox("checkpoints"), config.checkpoint.timeout_s)
+    return CheckpointStore(open_blobs(config.checkpoint.path or Path(run) / "checkpoints"), ballot, config.checkpoint)
+
+
 def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), which: str = "best") -> OpenRun:
     """Open `which` ("best" or "last") checkpoint of a run. A collective call.
 
@@ -53,10 +61,10 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), which: 
     """
     path = Path(run)
     config = read_run_config(path, overrides)
-    store = CheckpointStore(path / "checkpoints", comm, config.checkpoint)
+    store = open_store(path, config, comm)
     commit = (store.best() if which == "best" else None) or store.latest()
     if commit is None:
-        raise CheckpointError(f"{path / 'checkpoints'}: no whole checkpoint; train the run first")
+        raise CheckpointError(f"{store.blobs.url}: no whole checkpoint; train the run first")
     inputs = open_inputs(config, comm, tokenizer_from=path / "encoder")
     check_fingerprints(commit.fingerprints, inputs.fingerprints())
     model = build_module(pinned(config, path / "encoder"), inputs, pretrained=False)

@@ -1,0 +1,103 @@
+"""How ranks agree on a checkpoint: messages over a key-value store of their own, with a timeout.
+
+Not over the training group: a background save would mix its collectives with the step's, and a rank that hangs would
+hold the others for as long as any collective may take. Nothing here pickles.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from dtrain.core.errors import CheckpointError
+from dtrain.core.world import World
+
+__all__ = ["Ballot"]
+
+_VERDICT_S = 30.0  # more time for rank 0's word than rank 0 has for the votes, so that its reason arrives
+
+
+class Ballot:
+    """This rank's part in votes. Every rank makes the same calls in the same order, from one thread at a time."""
+
+    def __init__(self, world: World, store: Store | None = None, timeout_s: float = 600.0) -> None:
+        """`store` is shared by all ranks, and no one else waits on it; one rank alone needs none."""
+        self.world = world
+        self._store, self._timeout_s = store, timeout_s
+        self._round = 0
+        self._old: list[str] = []  # keys that everyone has read by the next vote
+
+    def lead(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on rank 0 (JSON-able), on every rank.
+
+        Its OSError or CheckpointError is raised on every rank as CheckpointError.
+        """
+        return self.decide(None, lambda _: function())
+
+    def decide(self, vote: Any, judge: Callable[[list[Any]], Any]) -> Any:
+        """Every rank votes (JSON-able); `judge` makes of the votes, in rank order, on rank 0, what every rank gets.
+
+        Raises CheckpointError on every rank that still runs: naming the ranks whose vote did not come in time, or
+        with what `judge` raised.
+        """
+        self._round += 1
+        if self._store is None:
+            return self._verdict(self._judged(lambda: judge([vote])))
+        name = f"{self._round}"
+        if not self.world.is_main:
+            self._store.set(f"{name}/{self.world.rank}", json.dumps(vote))
+            return self._verdict(self._await_verdict(f"{name}/verdict"))
+        outcome = self._judged(lambda: judge([vote, *self._votes(name)]))
+        self._store.set(f"{name}/verdict", json.dumps(outcome))
+        return self._verdict(outcome)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in rank order, on every rank."""
+        values: list[Any] = self.decide(value, lambda votes: votes)
+        return values
+
+    def _votes(self, name: str) -> list[Any]:
+        assert self._store is not None
+        keys = [f"{name}/{rank}" for rank in range(1, self.world.size)]
+        try:
+            self._store.wait(keys, datetime.timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:  # DistStoreError, DistNetworkError
+            silent = [rank for rank, key in enumerate(keys, 1) if not self._store.check([key])]
+            raise CheckpointError(
+                f"rank {', '.join(map(str, silent))} did not answer within checkpoint.timeout_s={self._timeout_s:g} s; "
+                "it has died, hangs, or writes slowly. See its log, or raise the limit"
+            ) from error
+        votes = [json.loads(self._store.get(key)) for key in keys]
+        for key in self._old:
+            self._store.delete_key(key)
+        self._old = [*keys, f"{name}/verdict"]
+        return votes
+
+    def _await_verdict(self, key: str) -> list[Any]:
+        assert self._store is not None
+        limit_s = self._timeout_s + _VERDICT_S
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=limit_s))
+            verdict: list[Any] = json.loads(self._store.get(key))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"rank 0 did not answer within {limit_s:g} s; it has died or hangs. See its log"
+            ) from error
+        return verdict
+
+    @staticmethod
+    def _judged(judge: Callable[[], Any]) -> list[Any]:
+        try:
+            return [judge(), ""]
+        except (OSError, CheckpointError) as error:
+            return [None, str(error)]
+
+    @staticmethod
+    def _verdict(outcome: list[Any]) -> Any:
+        if outcome[1]:
+            raise CheckpointError(outcome[1])
+        return outcome[0]

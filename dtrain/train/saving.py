@@ -1,0 +1,107 @@
+"""Checkpoints of a run: what goes into one, and what a failed one means."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dtrain.checkpoint.background import BackgroundSave, SaveResult
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.checkpoint.store import CheckpointStore
+from dtrain.core.errors import CheckpointError
+from dtrain.data.ledger import Ledger
+from dtrain.data.mixture import Mixture
+from dtrain.engine.base import BaseEngine
+from dtrain.train.config import RunConfig
+from dtrain.train.loop import LoopState
+
+__all__ = ["RunSaver"]
+
+log = logging.getLogger("dtrain")
+
+_WEIGHTS = ("master", "buffer")  # kinds of fragments that evaluation needs
+
+
+@dataclass(slots=True)
+class RunSaver:
+    """See `dtrain.train.loop.Saver`. Saves behind the training with `checkpoint.async`, else before it goes on.
+
+    A save that fails is reported, leaves the earlier checkpoints as they are and is never counted as one;
+    `checkpoint.max_failed` of them in a row end the run with CheckpointError.
+    """
+
+    config: RunConfig
+    fingerprints: Mapping[str, str]
+    mixture: Mixture
+    engine: BaseEngine
+    store: CheckpointStore
+    ledger: Ledger | None
+    link: Mapping[str, str] | None  # the ledger's newest committed link
+    _background: BackgroundSave = field(init=False)
+    _failed: int = 0  # saves in a row
+
+    def __post_init__(self) -> None:
+        self._background = BackgroundSave(self.store.save, _tell)
+
+    def save(self, state: LoopState, best: bool) -> None:
+        self._settle()
+        best_value = state.stopping.best
+        snapshot = Snapshot(
+            step=state.step,
+            fragments=list(self.engine.fragments()),
+            state={
+                "binding": self.config.binding(),
+                "engine": self.engine.state(),
+                "loop": state.to_json(),
+                "mixture": self.mixture.to_json(),
+            },
+            fingerprints=self.fingerprints,
+            tags={"best": best_value} if best and best_value is not None else {},
+            ledger=self.ledger.segment() if self.ledger is not None else None,
+            ledger_after=self.link,
+        )
+        self._start(snapshot)
+
+    def save_weights(self, state: LoopState) -> None:
+        self._settle()
+        fragments = [fragment for fragment in self.engine.fragments() if fragment.kind in _WEIGHTS]
+        self._start(Snapshot(step=state.step, fragments=fragments, fingerprints=self.fingerprints, kind="weights"))
+
+    def finish(self) -> None:
+        self._settle()
+        if self._failed:
+            raise CheckpointError("the last checkpoint of the run was not saved; the error is in the log above")
+
+    def _start(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
+        self._background.start(snapshot, behind=self.config.checkpoint.async_)
+        if not self.config.checkpoint.async_:
+            self._settle()
+        log.debug("step %d: saving held the training up for %.3f s", snapshot.step, time.monotonic() - began)
+
+    def _settle(self) -> None:
+        """Take note of how the save in flight ended, if there is one; all ranks get the same answer."""
+        result = self._background.finish()
+        if result is None:
+            return
+        if result.commit is None:
+            assert result.error is not None
+            if not isinstance(result.error, CheckpointError):
+                raise result.error
+            self._failed += 1
+            if self._failed >= self.config.checkpoint.max_failed:
+                raise result.error
+        elif result.commit.kind == "full":
+            self._failed = 0
+            self.link = result.commit.ledger
+            if self.ledger is not None:
+                self.ledger.committed()
+
+
+def _tell(snapshot: Snapshot, result: SaveResult) -> None:
+    if result.commit is None:
+        log.error("%s", result.error)
+        return
+    log.info("checkpoint of step %d: %.1f MB in %.2f s", snapshot.step, result.commit.bytes / 1e6, result.seconds)

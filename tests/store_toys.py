@@ -1,0 +1,50 @@
+"""A checkpoint store over a folder, and small snapshots to put into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.checkpoint.ballot import Ballot
+from dtrain.checkpoint.commits import Commit
+from dtrain.checkpoint.config import CheckpointConfig
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.checkpoint.store import CheckpointStore
+from dtrain.core.blobs import Blobs, open_blobs
+from dtrain.core.comm import Comm
+from dtrain.core.state import Fragment
+from dtrain.core.world import World
+
+SHAPE = (5, 7)
+ALONE = Comm(World(), torch.device("cpu"))
+
+
+def store_in(
+    root: Path | str | Blobs, comm: Comm = ALONE, config: CheckpointConfig | None = None, timeout_s: float = 60
+) -> CheckpointStore:
+    blobs = open_blobs(root) if isinstance(root, (Path, str)) else root
+    return CheckpointStore(blobs, Ballot(comm.world, comm.mailbox("test"), timeout_s), config)
+
+
+def whole(step: int) -> torch.Tensor:
+    return torch.arange(35, dtype=torch.float32).reshape(SHAPE) + 1000 * step
+
+
+def fragments(step: int, world: World = ALONE.world) -> list[Fragment]:
+    """This rank's share of `whole(step)`, and a generator's state."""
+    cut = world.share(35)
+    rng = torch.tensor([world.rank, step], dtype=torch.uint8)
+    return [
+        Fragment(kind="master", name="w", shape=SHAPE, offset=cut.start, tensor=whole(step).view(-1)[cut]),
+        Fragment(kind="rng", name=f"rank{world.rank}", shape=(2,), offset=0, tensor=rng),
+    ]
+
+
+def snapshot(step: int, world: World = ALONE.world, **values: Any) -> Snapshot:
+    return Snapshot(step=step, fragments=fragments(step, world), state={"step": step}, **values)
+
+
+def save(store: CheckpointStore, step: int, **values: Any) -> Commit:
+    return store.save(snapshot(step, **values))
