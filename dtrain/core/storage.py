@@ -11,7 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["atomic_file", "fsync_dir", "read_json", "sha256_file", "write_json", "write_text"]
+from dtrain.core.errors import CheckpointError
+
+__all__ = [
+    "atomic_file",
+    "checked_path",
+    "fsync_dir",
+    "is_temporary",
+    "make_folders",
+    "read_json",
+    "sha256_file",
+    "temporary_name",
+    "write_json",
+    "write_text",
+]
 
 
 def sha256_file(path: Path, chunk_bytes: int = 1 << 20) -> str:
@@ -32,6 +45,35 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_folders(path: Path) -> None:
+    """Make the folder `path` and those above it that are missing, durably."""
+    if not path.is_dir():
+        make_folders(path.parent)
+        with contextlib.suppress(FileExistsError):  # of several processes one makes it
+            path.mkdir()
+        fsync_dir(path.parent)
+
+
+def temporary_name(name: str) -> str:
+    """A new name for an unfinished neighbour of the file `name`."""
+    return f".{name}.{secrets.token_hex(4)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_name` makes such names."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def checked_path(path: str) -> str:
+    """`path`, if it is relative and stays below where it starts; else CheckpointError. "" is the start itself."""
+    if path and not all(part not in ("", ".", "..") for part in path.split("/")):
+        raise CheckpointError(
+            f'{path!r} is no path inside a checkpoint folder: parts may not be empty, "." or ".."; if it comes from a '
+            "commit record, that is damaged"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success fsync and rename it over `path`.
@@ -39,8 +81,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     On any error, disk full among them, `path` is as it was and the temporary file is gone.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    make_folders(path.parent)
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "xb") as file:
             yield file
