@@ -17,7 +17,7 @@ from dtrain.core.local_blobs import LocalBlobs
 
 __all__ = ["BlobWriter", "Blobs", "open_blobs"]
 
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)(?:::|://)")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.:-]*):/")  # a URL's, also one that went through a Path and lost a slash
 
 
 class BlobWriter(Protocol):
@@ -49,8 +49,7 @@ class Blobs(Protocol):
 
         A file that appears holds all of `content`, unless a folder's file system has no hard links: there, readers may
         meet the beginning of it, so that `content` must tell (as JSON does) whether its end is missing.
-        No two calls may be given the same `path` and `content`, except for empty content that stands for nobody: after
-        an answer that got lost on the way, a server's file is known as one's own by its content.
+        An error leaves open whether the file is there: its server may have become unreachable in between.
         """
         ...
 
@@ -103,6 +102,14 @@ def open_blobs(url: str | Path) -> Blobs:
         return LocalBlobs(Path(text))
     if scheme[1] == "file" and text.startswith("file:///"):
         return LocalBlobs(Path(text.removeprefix("file://")))
+    if text.startswith("s3://"):
+        try:
+            from dtrain.core.object_blobs import ObjectBlobs
+        except ImportError as error:
+            raise ConfigError(
+                f"s3:// needs a package that is not installed ({error.name}): pip install 'dtrain[s3]'"
+            ) from error
+        return ObjectBlobs(text)
     raise ConfigError(
         f"{scheme[1]}:// is no storage that checkpoints can be written to; give a folder, file:///folder or "
         "s3://bucket/prefix (other schemes lack a tested conditional creation)"

@@ -80,7 +80,7 @@ class LocalBlobs:
         self._sync_folders(target.parent)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        with open(self._path(path), "rb", buffering=0) as file:
+        with open(self._path(path), "rb") as file:
             file.seek(offset)
             return file.read(-1 if length is None else length)
 

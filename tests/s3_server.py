@@ -1,0 +1,133 @@
+"""A real HTTP server on loopback that speaks S3 (moto's), with faults on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+__all__ = ["Fault", "S3Server", "s3_server"]
+
+ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}, by a test</Message></Error>"
+
+
+@dataclass
+class Fault:
+    """An answer with `status` for `times` requests that `matches` (method, path, query); -1: for all of them.
+
+    `lost`: the server does what was asked first, and only its answer is lost. `fired` counts.
+    """
+
+    matches: Callable[[str, str, str], bool]
+    status: int = 503
+    code: str = "SlowDown"
+    times: int = -1
+    lost: bool = False
+    fired: int = 0
+
+
+@dataclass
+class S3Server:
+    """`env` is what processes need to reach it; the bucket is there. Append to `faults` what is to go wrong."""
+
+    env: dict[str, str]
+    bucket: str
+    client: Any  # boto3's, to look past the code under test
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path and query of each
+    ignore_conditions: bool = False  # do as servers do that know nothing of If-None-Match
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
+
+    def uploads(self) -> list[str]:
+        """Keys of the unfinished multipart uploads."""
+        return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])]
+
+    def keys(self) -> list[str]:
+        return [entry["Key"] for entry in self.client.list_objects_v2(Bucket=self.bucket).get("Contents", [])]
+
+
+class _Faulty:
+    """moto's application behind the faults. One request at a time: moto checks and writes in two steps."""
+
+    def __init__(self) -> None:
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.lock = threading.Lock()
+        self.server: S3Server | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        with self.lock:
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = _Body(body)
+            request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
+            fault = None
+            if self.server is not None:
+                self.server.requests.append(request)
+                if self.server.ignore_conditions:
+                    environ.pop("HTTP_IF_NONE_MATCH", None)
+                fault = next((f for f in self.server.faults if f.fired != f.times and f.matches(*request)), None)
+            if fault is None:
+                return list(self.app(environ, start_response))
+            fault.fired += 1
+            if fault.lost:
+                list(self.app(environ, lambda *_: None))
+            start_response(f"{fault.status} Fault", [("Content-Type", "application/xml")])
+            return [ERROR.format(code=fault.code).encode()]
+
+
+class _Body:
+    """A request's body, read already."""
+
+    def __init__(self, content: bytes) -> None:
+        import io
+
+        self._file = io.BytesIO(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str = "runs") -> Iterator[S3Server]:
+    """A server on a free port of 127.0.0.1, in a thread, with an empty bucket."""
+    app = _Faulty()
+    http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=http.serve_forever, name="s3-server", daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{http.server_port}"
+    env = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+        "AWS_SECRET_ACCESS_KEY": "test-secret-never-to-be-seen",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "NO_PROXY": "127.0.0.1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=env["AWS_DEFAULT_REGION"],
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+        config=Config(retries={"total_max_attempts": 1}),
+    )
+    try:
+        client.create_bucket(Bucket=bucket)
+        app.server = S3Server(env=env, bucket=bucket, client=client)
+        yield app.server
+    finally:
+        client.close()
+        http.shutdown()
+        thread.join()
+        http.server_close()
