@@ -63,6 +63,7 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> st
     try:
         with connect(world, timeout_s=config.dist.timeout_s) as comm:
             folder.start_id = comm.gather_json(folder.start_id)[0]
+            log.info("start %s of %s on %d ranks", folder.start_id, folder.path, world.size)
             return _run(config, comm, folder, began, before, stop)
     except (DtrainError, OSError, RuntimeError) as error:
         if reason := stop.stopped_at_start():
