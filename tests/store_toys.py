@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.config import CheckpointConfig
+from dtrain.checkpoint.journal import read_chain
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.blobs import Blobs, open_blobs
 from dtrain.core.comm import Comm
 from dtrain.core.state import Fragment
 from dtrain.core.world import World
+from dtrain.data.ledger import read_ledger
 
 SHAPE = (5, 7)
 ALONE = Comm(World(), torch.device("cpu"))
@@ -48,3 +51,15 @@ def snapshot(step: int, world: World = ALONE.world, **values: Any) -> Snapshot:
 
 def save(store: CheckpointStore, step: int, **values: Any) -> Commit:
     return store.save(snapshot(step, **values))
+
+
+def newest(root: Path) -> tuple[Commit, dict[str, torch.Tensor], pa.Table]:
+    """The newest whole checkpoint of a store, all its tensors in full, and the ledger up to it."""
+    store = store_in(root)
+    commit = store.latest()
+    assert commit is not None
+    source = store.open(commit)
+    kinds = ("master", "exp_avg", "exp_avg_sq", "buffer", "rng")
+    tensors = {f"{kind}/{name}": source.read(kind, name) for kind in kinds for name in source.names(kind)}
+    links = read_chain(store.blobs, commit.ledger)
+    return commit, tensors, read_ledger(segment for link in links for segment in link.segments)

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from dtrain.train.ledgers import segment_paths
 
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.world import World
 from dtrain.data.eras import Era, Eras
-from dtrain.data.ledger import audit, read_ledger
+from dtrain.data.ledger import audit
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import PlanConfig
@@ -28,6 +27,7 @@ from dtrain.train.config import DataConfig, RunConfig
 from dtrain.train.job import run_job
 from dtrain.train.setup import Inputs
 from tests.ranks import run_ranks
+from tests.store_toys import newest
 from tests.stream_toys import bare_manifest
 from tests.train_toys import ROOT, call, command, losses, run_config, write_shops
 
@@ -190,8 +190,8 @@ def go_on(begun: Path, folder: Path, *keys: str) -> Path:
 
 def ledger(run: Path) -> tuple[pa.Table, Eras]:
     """The rows and eras of a run's newest checkpoint."""
-    state = json.loads(max((run / "checkpoints/commits").iterdir()).read_text())["state"]
-    return read_ledger(segment_paths(run / "ledger", state["ledger"])), Eras.from_json(state["eras"])
+    commit, _, table = newest(run / "checkpoints")
+    return table, Eras.from_json(commit.state["eras"])
 
 
 def test_only_the_mixture_changed_so_epochs_run_on(begun: Path, tmp_path: Path, shops: Path) -> None:

@@ -15,17 +15,14 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from dtrain.train.ledgers import segment_paths
 
-from dtrain.checkpoint.store import CheckpointStore
-from dtrain.core.comm import Comm, connect
+from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
-from dtrain.core.world import World
-from dtrain.data.ledger import read_ledger
 from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from dtrain.train.stopflag import StopFlag
 from tests.ranks import run_ranks
+from tests.store_toys import newest
 from tests.train_toys import ROOT, call, command, environment, free_port, run_config, write_shops
 
 STEPS = 12
@@ -67,14 +64,7 @@ def _kept(run: Path) -> tuple[list[dict[str, Any]], pa.Table, dict[str, torch.Te
     """What must not depend on how a run was cut: its log without times, its ledger, its last checkpoint."""
     timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "wall_s"}
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    with connect(World()) as comm:
-        store = CheckpointStore(run / "checkpoints", comm)
-        commit = store.latest()
-        assert commit is not None
-        source = store.open(commit)
-        kinds = ("master", "exp_avg", "exp_avg_sq", "buffer", "rng")
-        tensors = {f"{kind}/{name}": source.read(kind, name) for kind in kinds for name in source.names(kind)}
-    ledger = read_ledger(segment_paths(run / "ledger", commit.state["ledger"]))
+    _, tensors, ledger = newest(run / "checkpoints")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines], ledger, tensors
 
 
