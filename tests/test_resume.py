@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dtrain.core.comm import Comm
+from dtrain.cli.audit import audit_run
 from dtrain.core.config import load_config
 from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.world import World
+from dtrain.data.catalog import Catalog
 from dtrain.data.eras import Era, Eras
 from dtrain.data.ledger import audit
 from dtrain.data.manifest import Manifest
@@ -26,10 +27,9 @@ from dtrain.train.binding import FACTS, RULES, binding, changes, check_binding, 
 from dtrain.train.config import DataConfig, RunConfig
 from dtrain.train.job import run_job
 from dtrain.train.setup import Inputs
-from tests.ranks import run_ranks
 from tests.store_toys import newest
 from tests.stream_toys import bare_manifest
-from tests.train_toys import ROOT, call, command, losses, run_config, write_shops
+from tests.train_toys import ROOT, losses, run_config, write_shops
 
 CONFIG = RunConfig(run="r", data=DataConfig(path="p"), model=ModelConfig(encoder=EncoderConfig(name="e")))
 
@@ -57,8 +57,9 @@ class Tokenizer:
         return {"a": 0}
 
 
-def bound(config: RunConfig, manifest: Manifest) -> dict[str, object]:
-    return binding(config.completed(), Inputs(manifest, Tokenizer(), None, {}))  # type: ignore[arg-type]
+def bound(config: RunConfig, manifest: Manifest, items: str = "abc") -> dict[str, object]:
+    catalogs = {name: Catalog(name, list(items), list(items), list(items), np.arange(3)) for name in manifest.platforms}
+    return binding(config.completed(), Inputs(manifest, Tokenizer(), None, catalogs))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +102,13 @@ def test_what_says_which_weights_there_are_can_not_change_at_all(manifest: Manif
 
 
 def test_another_catalogue_is_fine_only_where_no_weight_belongs_to_its_rows() -> None:
-    manifest = bare_manifest({"left": (40, [17])})
-    entry = manifest.platforms["left"]
-    other = dataclasses.replace(entry, catalog=dataclasses.replace(entry.catalog, sha256="f" * 64))
-    changed = dataclasses.replace(manifest, platforms={"left": other})
+    manifest, grown = (bare_manifest({"left": (3, [samples])}) for samples in (17, 18))
     with pytest.raises(StateMismatch, match=r"fact\.catalog\.left"):
-        check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, changed)), "continue")
+        check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown, "abd")), "continue")
+    check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown)), "continue")
     text_only = dataclasses.replace(CONFIG.model, id_vectors=False, item_bias=False, memory=False)
     plain = dataclasses.replace(CONFIG, model=text_only)
-    found = changes(bound(plain, manifest), bound(plain, changed))
+    found = changes(bound(plain, manifest), bound(plain, grown, "abd"))
     assert {(change.key, change.kind) for change in found} == {
         ("fact.catalog.left", "data"),
         ("fact.data.left", "data"),
@@ -168,23 +167,15 @@ def begun(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: P
     folder = tmp_path_factory.mktemp("begun")
     train = {"steps": 8, "valid_every": 0, "checkpoint_every": 4}
     config = run_config(folder, shops, tiny_encoder, train=train, schedule={"name": "constant", "warmup_steps": 0})
-    run_ranks(1, folder, _train, str(config), [])
+    assert run_job(load_config(RunConfig, config), World()) == "completed"
     return config
-
-
-def _train(comm: Comm, config: str, keys: list[str]) -> str:
-    try:
-        return run_job(load_config(RunConfig, config, keys), World())
-    except StateMismatch as error:
-        return str(error)
 
 
 def go_on(begun: Path, folder: Path, *keys: str) -> Path:
     """A copy of the run, from step 8 to 20."""
     shutil.copytree(begun.parent / "run", folder / "run")
     more = [f"run={folder / 'run'}", "train.steps=20", "checkpoint.keep_last=9", *keys]
-    (said,) = run_ranks(1, folder, _train, str(begun), more)
-    assert said == "completed", said
+    assert run_job(load_config(RunConfig, begun, more), World()) == "completed"
     return folder / "run"
 
 
@@ -194,7 +185,9 @@ def ledger(run: Path) -> tuple[pa.Table, Eras]:
     return table, Eras.from_json(commit.state["eras"])
 
 
-def test_only_the_mixture_changed_so_epochs_run_on(begun: Path, tmp_path: Path, shops: Path) -> None:
+def test_only_the_mixture_changed_so_epochs_run_on(
+    begun: Path, tmp_path: Path, shops: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = go_on(begun, tmp_path, "train.resume_data=continue", "mixture.weights.garden=0.75")
     table, eras = ledger(run)
     assert len(eras.eras) == 1
@@ -203,11 +196,13 @@ def test_only_the_mixture_changed_so_epochs_run_on(begun: Path, tmp_path: Path, 
     garden = [row["platform"] == "garden" for row in table.to_pylist() if row["step"] >= 8]
     assert sum(garden) == pytest.approx(0.75 * 12 * 12, abs=1)
     assert "resuming from the checkpoint of step 8" in (run / "log.txt").read_text()
-    again = call(command("audit", str(run)))
-    assert (again.returncode, "20 steps, 0 missing, 0 not as planned" in again.stdout) == (0, True)
+    assert audit_run(str(run)) == 0
+    assert "20 steps, 0 missing, 0 not as planned" in capsys.readouterr().out
 
 
-def test_another_batch_begins_an_era_and_restart_begins_one_in_any_case(begun: Path, tmp_path: Path) -> None:
+def test_another_batch_begins_an_era_and_restart_begins_one_in_any_case(
+    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, keys, samples in (
         ("batch", ["train.resume_data=continue", "plan.samples=10"], 10),
         ("restart", ["train.resume_data=restart"], 12),
@@ -217,9 +212,8 @@ def test_another_batch_begins_an_era_and_restart_begins_one_in_any_case(begun: P
         assert [era.from_step for era in eras.eras] == [0, 8]
         sizes = np.bincount(table.column("step").to_numpy())
         assert sizes.tolist() == [12] * 8 + [samples] * 12
-        done = call(command("audit", str(run)))
-        assert done.returncode == 0, done.stdout
-        assert done.stdout.count("0 missing, 0 not as planned") == 2
+        assert audit_run(str(run)) == 0
+        assert capsys.readouterr().out.count("0 missing, 0 not as planned") == 2
         if name == "restart":  # the first step's samples again
             rows = [(row["step"], row["platform"], row["shard"], row["row"]) for row in table.to_pylist()]
             assert sorted(row[1:] for row in rows if row[0] == 0) == sorted(row[1:] for row in rows if row[0] == 8)
@@ -229,24 +223,27 @@ def test_another_batch_begins_an_era_and_restart_begins_one_in_any_case(begun: P
 
 
 def test_new_data_is_refused_then_taken_and_the_audit_says_what_it_can_not_check(
-    begun: Path, tmp_path: Path, shops: Path
+    begun: Path, tmp_path: Path, shops: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grown = write_shops(tmp_path / "grown", users=70)
     shutil.copytree(begun.parent / "run", tmp_path / "run")
     keys = [f"run={tmp_path / 'run'}", f"data.path={grown}", "train.steps=20"]
-    (refused,) = run_ranks(1, tmp_path, _train, str(begun), keys)
+    with pytest.raises(StateMismatch) as refused:
+        run_job(load_config(RunConfig, begun, keys), World())
     for words in ("fact.data.garden", "fact.data.kitchen", "fact.split.garden", "train.resume_data=continue"):
-        assert words in refused
+        assert words in str(refused.value)
     shutil.rmtree(tmp_path / "run")
     run = go_on(begun, tmp_path, f"data.path={grown}", "train.resume_data=continue")
-    assert "0 missing" in call(command("audit", str(run))).stdout
+    assert audit_run(str(run)) == 0
     gone = shops.with_name("gone")
     shops.rename(gone)
+    capsys.readouterr()
     try:
-        done = call(command("audit", str(run)))
+        code = audit_run(str(run))
     finally:
         gone.rename(shops)
-    assert done.returncode == 4
-    assert "NOT CHECKED" in done.stdout
-    assert "12 steps, 0 missing, 0 not as planned" in done.stdout
-    assert "up to step 20: not checked" in done.stdout
+    said = capsys.readouterr().out
+    assert code == 4
+    assert "NOT CHECKED" in said
+    assert "12 steps, 0 missing, 0 not as planned" in said
+    assert "up to step 20: not checked" in said

@@ -30,9 +30,9 @@ def stop_run(run: str, timeout_s: float) -> int:
         raise TrainError(f"{path}: not running, nothing to stop; {_told(outcome)}")
     _check_alive(path, outcome)
     start = outcome["start"]
-    request, log = stop_request(path, start), path / "log.txt"
+    log = path / "log.txt"
     seen = log.stat().st_size if log.is_file() else 0
-    write_text(request, REQUEST + "\n")
+    write_text(stop_request(path, start), REQUEST + "\n")
     print(f"asked {path} to stop (start {start}); waiting up to {timeout_s:g} s", file=sys.stderr, flush=True)
     deadline = time.monotonic() + timeout_s
     while (outcome := read_outcome(path))["status"] == "running" and outcome["start"] == start:
@@ -42,7 +42,6 @@ def stop_run(run: str, timeout_s: float) -> int:
         time.sleep(_LOOK_S)
         seen = _follow(log, seen)
     _follow(log, seen)
-    request.unlink(missing_ok=True)
     if outcome["status"] == "failed":
         raise TrainError(f"{path}: ended without a last checkpoint; {_told(outcome)}")
     print(f"{path}: {_told(outcome)}")

@@ -50,7 +50,7 @@ RULES = (
     Rule(
         ("fact.catalog",),
         "fixed",
-        "id vectors, item biases and memory belong to catalogue rows (a model without them: as `fact.data`)",
+        "decides which item a row of id vectors, biases and memory is (a model without them: as `fact.data`)",
     ),
     Rule(
         ("fact.data", "fact.split", "plan"),
@@ -129,7 +129,7 @@ def binding(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     if config.schedule.name == "constant":
         del found["schedule.total_steps"]  # has no end, so a longer run is the same run
     for name, platform in inputs.manifest.platforms.items():
-        found[f"fact.catalog.{name}"] = platform.catalog.sha256[:16]
+        found[f"fact.catalog.{name}"] = inputs.catalogs[name].rows_fingerprint
         found[f"fact.data.{name}"] = fingerprint(dataclasses.asdict(platform))
         found[f"fact.events.{name}"] = list(platform.events)
         found[f"fact.split.{name}"] = platform.split_fingerprint
