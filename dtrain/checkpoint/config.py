@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtrain.core.errors import ConfigError
 
@@ -31,3 +32,7 @@ class CheckpointConfig:
                 f"checkpoint.keep_weights={self.keep_weights} must not be below 0, and "
                 f"checkpoint.timeout_s={self.timeout_s:g} must be above"
             )
+
+    def place(self, run: str | Path) -> str | Path:
+        """Where the checkpoints of the run folder `run` are."""
+        return self.path or Path(run) / "checkpoints"
