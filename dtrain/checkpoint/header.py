@@ -1,7 +1,7 @@
 """The header of a rank's file of fragments, and how the fragments of all ranks make whole tensors.
 
-`dtrain.checkpoint.tensorfile` describes the format. Nothing here needs torch: a script that checks checkpoints starts in
-a fraction of the time.
+`dtrain.checkpoint.tensorfile` describes the format. Nothing here needs torch, so that a script which checks
+checkpoints starts at once.
 """
 
 from __future__ import annotations
