@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from torch._C._distributed_c10d import HashStore
 from transformers import AutoModel, AutoTokenizer
 
+from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.checkpoint.tensorfile import write_tensors
 from dtrain.cli.main import main
-from dtrain.core.comm import Comm
+from dtrain.core.blobs import open_blobs
 from dtrain.core.storage import read_json, write_json
-from tests.ranks import run_ranks
+from dtrain.core.world import World
 from tests.s3_server import s3_server
 from tests.store_toys import fragments, save, snapshot, store_in
 from tests.train_toys import ROOT, call, command, environment, run_config, write_shops
@@ -221,7 +227,7 @@ def test_verify_checks_structure_and_not_digests_alone(root: Path, cli: Cli) -> 
     assert "master/w in all files do not cover it once" in verdict()
     path.write_bytes(whole + b"more")
     assert f"end at byte {len(whole)} of {len(whole) + 4}" in verdict()
-    path.write_bytes(whole.replace(b'"offsets"', b'"offsets"').replace(b"[0, 140]", b"[1, 141]"))
+    path.write_bytes(whole.replace(b"[0, 140]", b"[1, 141]"))
     assert "begins at byte" in verdict()
     path.write_bytes(b"pickle")
     assert "no readable file of fragments" in verdict()
@@ -231,13 +237,12 @@ def parts(fragment: Any) -> dict[str, Any]:
     return {name: getattr(fragment, name) for name in ("kind", "name", "shape", "offset", "tensor")}
 
 
-def save_pair(comm: Comm, root: Path) -> None:
-    store_in(root, comm).save(snapshot(1, comm.world))
-
-
 def test_verify_wants_the_files_of_all_ranks(tmp_path: Path, cli: Cli) -> None:
-    root = tmp_path / "store"
-    run_ranks(2, tmp_path, save_pair, root)
+    root, mail = tmp_path / "two", HashStore()
+    worlds = [World(rank=rank, size=2) for rank in range(2)]
+    stores = [CheckpointStore(open_blobs(root), Ballot(world, mail, 60)) for world in worlds]
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(lambda store, world: store.save(snapshot(1, world)), stores, worlds))
     assert cli("verify", root)[0] == 0
     assert json.loads(cli("show", root, "--json")[1])["tensors"][0]["fragments"] == 2
     record = root / "commits/000001.json"
@@ -326,17 +331,26 @@ def test_prune_takes_folders_that_no_record_names(root: Path, cli: Cli) -> None:
 
 def test_prune_refuses_while_the_run_is_running(root: Path, tmp_path: Path, cli: Cli) -> None:
     run = as_run(tmp_path / "run", root, keep_last=1)
-    write_json(run / "outcome.json", {"status": "running", "step": 30})
-    code, out = cli("prune", run)
-    assert code == 2
-    assert "running" in out
-    assert "--force" in out
-    assert steps(root) == [10, 20, 25, 30]
+    alive = {"status": "running", "host": socket.gethostname(), "pid": os.getpid()}
+    alive["created"] = psutil.Process().create_time()
+    for outcome in (alive, {**alive, "host": "elsewhere", "created": 0.0}):  # there, nobody can look from here
+        write_json(run / "outcome.json", outcome)
+        code, out = cli("prune", run)
+        assert code == 2
+        assert "running" in out
+        assert "--force" in out
+        assert steps(root) == [10, 20, 25, 30]
     assert cli("prune", run, "--dry-run")[0] == 0
     assert cli("prune", run, "--force")[0] == 0
     assert steps(root) == [20, 25, 30]
-    write_json(run / "outcome.json", {"status": "completed", "step": 30})
+
+
+@pytest.mark.parametrize("outcome", [{"status": "completed"}, {"status": "running", "created": 0.0}])
+def test_prune_of_a_run_that_ended_or_was_killed(root: Path, tmp_path: Path, cli: Cli, outcome: dict[str, Any]) -> None:
+    run = as_run(tmp_path / "run", root, keep_last=1)
+    write_json(run / "outcome.json", {"host": socket.gethostname(), "pid": os.getpid(), **outcome})
     assert cli("prune", run)[0] == 0
+    assert steps(root) == [20, 25, 30]
 
 
 @pytest.mark.parametrize("step", [20, 30])

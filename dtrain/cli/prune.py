@@ -12,8 +12,8 @@ from dtrain.checkpoint.retention import remove, superfluous, unnamed
 from dtrain.cli.place import Place, inspect_shown, open_place
 from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError, ConfigError
-from dtrain.core.storage import read_json
 from dtrain.core.text import bytes_text
+from dtrain.train.runfolder import is_gone, read_outcome
 
 __all__ = ["prune"]
 
@@ -67,11 +67,11 @@ def _policy(place: Place, keep: Mapping[str, Any]) -> CheckpointConfig:
 
 
 def _check_idle(place: Place) -> None:
-    outcome = place.run / "outcome.json" if place.run is not None else None
-    if outcome is not None and outcome.is_file() and read_json(outcome).get("status") == "running":
+    outcome = {} if place.run is None else read_outcome(place.run)
+    if outcome.get("status") == "running" and not is_gone(outcome):
         raise ConfigError(
             f"{place.run}: outcome.json says that it is running, and a run removes itself what it no longer keeps; "
-            "stop it first, or, if it was killed, give --force"
+            "`dtrain stop` it first, or, if it was killed on another host, give --force"
         )
 
 
@@ -83,7 +83,7 @@ def _check_kept(blobs: Blobs, kept: Sequence[Commit]) -> None:
         if problems:
             raise CheckpointError(
                 f"nothing was removed: checkpoint {number} of step {needed[number].step}, which would stay, is damaged "
-                f"({'; '.join(problems)}). Restore it; or go on with the run, which removes old ones after its next save"
+                f"({'; '.join(problems)}). Restore it, or go on with the run: it removes old ones after its next save"
             )
 
 
