@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dtrain.core.errors import ConfigError
 
@@ -36,3 +37,7 @@ class CheckpointConfig:
         for name in ("grace_s", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be above 0 seconds")
+
+    def place(self, run: str | Path) -> str | Path:
+        """Where the checkpoints of the run folder `run` are."""
+        return self.path or Path(run) / "checkpoints"

@@ -21,7 +21,7 @@ from dtrain.checkpoint.commits import CommitFile
 from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CorruptFile
 
-__all__ = ["Link", "read_chain", "segment_path", "write_link"]
+__all__ = ["Link", "read_chain", "read_link", "segment_path", "write_link"]
 
 VERSION = 1
 
@@ -65,11 +65,20 @@ def read_chain(blobs: Blobs, head: Mapping[str, str] | None) -> list[Link]:
     """
     links = []
     while head is not None:
-        raw: dict[str, Any] = json.loads(_whole(blobs, head))
+        raw = read_link(blobs, head)
         segments = tuple((file["path"], _whole(blobs, file)) for file in raw["segments"])
         links.append(Link(step=raw["step"], segments=segments))
         head = raw["previous"]
     return links[::-1]
+
+
+def read_link(blobs: Blobs, head: Mapping[str, Any]) -> dict[str, Any]:
+    """The link at `head` (path and sha256): its `step`, its `segments` as files, and the head of the `previous` one.
+
+    Raises CorruptFile when it is missing or changed.
+    """
+    link: dict[str, Any] = json.loads(_whole(blobs, head))
+    return link
 
 
 def _whole(blobs: Blobs, file: Mapping[str, Any]) -> bytes:

@@ -8,40 +8,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.tensorfile import Entry, bytes_of, read_entries
+from dtrain.checkpoint.header import ITEM_BYTES, Entry, assemble, read_entries
+from dtrain.checkpoint.tensorfile import DTYPES, bytes_of
 from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError, StateMismatch
 
 __all__ = ["ShardedSource"]
+
+_NAMED = 5  # problems that an error names at most
 
 
 class ShardedSource:
     """A committed checkpoint; see `dtrain.core.state.FragmentSource`. Reads only the bytes that are asked for."""
 
     def __init__(self, blobs: Blobs, paths: Iterable[str]) -> None:
-        """`paths` are the tensor files of all ranks. Raises CheckpointError when their fragments leave a gap."""
+        """`paths` are the tensor files of all ranks. Raises CheckpointError unless they make whole tensors."""
         self._blobs = blobs
-        self._parts: dict[tuple[str, str], list[tuple[Entry, str]]] = {}
-        for path in paths:
-            for entry in read_entries(blobs, path):
-                parts = self._parts.setdefault((entry.kind, entry.name), [])
-                parts.append((entry, path))
-                first = parts[0][0]
-                if (first.shape, first.dtype) != (entry.shape, entry.dtype):
-                    raise CheckpointError(
-                        f"{blobs.url}/{path}: {entry.kind}/{entry.name} has another shape or type than in its other "
-                        "fragments"
-                    )
-        for (kind, name), parts in self._parts.items():
-            parts.sort(key=lambda part: (part[0].offset, part[0].numel))
-            end = 0
-            for entry, _ in parts:
-                if entry.offset != end:
-                    break
-                end += entry.numel
-            last = parts[-1][0]
-            if end != math.prod(last.shape) or end != last.offset + last.numel:
-                raise CheckpointError(f"{blobs.url}/{parts[0][1]}: fragments of {kind}/{name} do not cover it once")
+        self._parts, problems = assemble(blobs.url, {path: read_entries(blobs, path) for path in paths})
+        if problems:
+            raise CheckpointError("; ".join(problems[:_NAMED]))
 
     def names(self, kind: str) -> list[str]:
         return [name for have, name in self._parts if have == kind]
@@ -51,7 +36,8 @@ class ShardedSource:
 
     def read(self, kind: str, name: str, offset: int = 0, numel: int | None = None) -> Tensor:
         first = self._find(kind, name)[0][0]
-        out = torch.empty(math.prod(first.shape) - offset if numel is None else numel, dtype=first.dtype)
+        numel = math.prod(first.shape) - offset if numel is None else numel
+        out = torch.empty(numel, dtype=DTYPES[first.dtype])
         self.read_into(kind, name, offset, out)
         return out
 
@@ -63,9 +49,10 @@ class ShardedSource:
             if start >= stop:
                 continue
             place = out[start - offset : stop - offset]
-            direct = place.dtype == entry.dtype and place.device.type == "cpu" and place.is_contiguous()
-            buffer = place.detach() if direct else torch.empty(stop - start, dtype=entry.dtype)
-            begin = entry.begin + (start - entry.offset) * entry.dtype.itemsize
+            dtype = DTYPES[entry.dtype]
+            direct = place.dtype == dtype and place.device.type == "cpu" and place.is_contiguous()
+            buffer = place.detach() if direct else torch.empty(stop - start, dtype=dtype)
+            begin = entry.begin + (start - entry.offset) * ITEM_BYTES[entry.dtype]
             self._blobs.read_into(path, begin, bytes_of(buffer))
             if not direct:
                 place.copy_(buffer)

@@ -13,14 +13,15 @@ import dataclasses
 import datetime
 import hashlib
 import logging
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from dtrain.checkpoint.ballot import Ballot
+from dtrain.checkpoint.choice import candidates
 from dtrain.checkpoint.commits import Commit, CommitFile, CommitLog
 from dtrain.checkpoint.config import CheckpointConfig
+from dtrain.checkpoint.inspection import damage
 from dtrain.checkpoint.journal import segment_path, write_link
+from dtrain.checkpoint.retention import remove, slot_of, superfluous
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.checkpoint.source import ShardedSource
 from dtrain.checkpoint.tensorfile import write_tensors
@@ -28,11 +29,9 @@ from dtrain.core import failpoints
 from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError
 
-__all__ = ["CheckpointStore", "superfluous"]
+__all__ = ["CheckpointStore"]
 
 log = logging.getLogger("dtrain")
-
-_CHUNK_BYTES = 8 << 20  # read and hashed at a time
 
 
 class CheckpointStore:
@@ -96,11 +95,26 @@ class CheckpointStore:
 
     def latest(self) -> Commit | None:
         """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective."""
-        return self._newest("")
+        return self.find("latest")
 
     def best(self) -> Commit | None:
         """As `latest`, among those saved with the tag "best". Collective."""
-        return self._newest("best")
+        return self.find("best")
+
+    def find(self, choice: str) -> Commit | None:
+        """The newest whole checkpoint of those that `choice` names, see `candidates`; None if none is. Collective.
+
+        Raises ConfigError for a step that there is no checkpoint of.
+        """
+        commits, damaged = self._ballot.lead(self._readable)
+        for problem in damaged:
+            self._warn(problem)
+        for commit in candidates([Commit.from_json(raw) for raw in commits], choice, self.blobs.url):
+            problems = self.verify(commit)
+            if not problems:
+                return commit
+            self._warn(f"checkpoint {commit.number} of step {commit.step} is damaged: {'; '.join(problems)}")
+        return None
 
     def verify(self, commit: Commit) -> list[str]:
         """What is wrong with the files of a checkpoint: missing, other size, other digest. Collective.
@@ -108,7 +122,7 @@ class CheckpointStore:
         Every rank reads its share of the files.
         """
         world = self._ballot.world
-        mine = [found for file in commit.files[world.rank :: world.size] if (found := self._damage(file))]
+        mine = [found for file in commit.files[world.rank :: world.size] if (found := damage(self.blobs, file))]
         return [problem for part in self._ballot.gather(mine) for problem in part]
 
     def open(self, commit: Commit) -> ShardedSource:
@@ -117,15 +131,7 @@ class CheckpointStore:
 
     def remove(self, numbers: set[int]) -> None:
         """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone."""
-        commits = self.commits()
-        newest = max((commit.number for commit in commits), default=0)
-        self._log.forget(numbers, before=newest)
-        failpoints.reach("prune")
-        kept = {commit.number for commit in commits} - numbers
-        for name in self.blobs.names(""):
-            slot = _slot(name)
-            if slot is not None and slot not in kept and slot <= newest:  # later slots may belong to a later start
-                self.blobs.remove(name)
+        remove(self._log, numbers)
 
     def _begin(self) -> int:
         attempt, voided = self._log.begin()
@@ -137,7 +143,7 @@ class CheckpointStore:
     def _discard(self, number: int) -> None:
         """Remove what was written for a slot that will never be committed."""
         for name in self.blobs.names(""):
-            if _slot(name) == number:
+            if slot_of(name) == number:
                 self.blobs.clean(name)
                 self.blobs.remove(name)
         self.blobs.remove(f"ledger/{number:06d}.json")
@@ -196,65 +202,10 @@ class CheckpointStore:
         except (OSError, CheckpointError) as error:
             log.warning("what was written for slot %d stays until the next start of the run: %s", number, error)
 
-    def _newest(self, tag: str) -> Commit | None:
-        commits, damaged = self._ballot.lead(self._readable)
-        for problem in damaged:
-            self._warn(problem)
-        for commit in map(Commit.from_json, reversed(commits)):
-            if commit.kind != "full" or (tag and tag not in commit.tags):
-                continue
-            problems = self.verify(commit)
-            if not problems:
-                return commit
-            self._warn(f"checkpoint {commit.number} of step {commit.step} is damaged: {'; '.join(problems)}")
-        return None
-
     def _readable(self) -> list[Any]:
         commits, damaged = self._log.read()
         return [[dataclasses.asdict(commit) for commit in commits], damaged]
 
-    def _damage(self, file: CommitFile) -> str:
-        where = f"{self.blobs.url}/{file.path}"
-        try:
-            size = self.blobs.size(file.path)
-            if size != file.bytes:
-                return f"{where} has {size} bytes, {file.bytes} were committed"
-            digest = hashlib.sha256()
-            for chunk in self._chunks(file.path, size):
-                digest.update(chunk)
-        except FileNotFoundError:
-            return f"{where} is missing"
-        except OSError as error:
-            return f"{where} can't be read ({error.strerror or error})"
-        return "" if digest.hexdigest() == file.sha256 else f"the SHA-256 of {where} is not the committed one"
-
-    def _chunks(self, path: str, size: int) -> Iterator[memoryview]:
-        buffer = bytearray(min(size, _CHUNK_BYTES))
-        for start in range(0, size, _CHUNK_BYTES):
-            chunk = memoryview(buffer)[: min(_CHUNK_BYTES, size - start)]
-            self.blobs.read_into(path, start, chunk)
-            yield chunk
-
     def _warn(self, problem: str) -> None:
         if self._ballot.world.is_main:
-            log.warning("%s; using the newest whole checkpoint before it", problem)
-
-
-def _slot(folder: str) -> int | None:
-    found = re.fullmatch(r"step-\d+-(\d+)", folder)
-    return int(found[1]) if found else None
-
-
-def superfluous(commits: list[Commit], config: CheckpointConfig) -> list[Commit]:
-    """The checkpoints that `config` no longer keeps, oldest first; `commits` are all, oldest first.
-
-    Kept are the newest `keep_last` full ones, the newest tagged best, every one at a multiple of `keep_every` steps,
-    and the newest `keep_weights` of weights alone (0: all of them).
-    """
-    full = [commit for commit in commits if commit.kind == "full"]
-    weights = [commit for commit in commits if commit.kind == "weights"]
-    kept = [*full[-config.keep_last :], *[c for c in full if "best" in c.tags][-1:], *weights[-config.keep_weights :]]
-    if config.keep_every:
-        kept += [commit for commit in full if commit.step % config.keep_every == 0]
-    numbers = {commit.number for commit in kept}
-    return [commit for commit in commits if commit.number not in numbers]
+            log.warning("%s; passed over", problem)

@@ -15,23 +15,21 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint.header import VERSION
 from dtrain.core import failpoints
 from dtrain.core.blobs import Blobs
-from dtrain.core.errors import CheckpointError
 from dtrain.core.state import Fragment
 
-__all__ = ["Entry", "bytes_of", "read_entries", "write_hashed", "write_tensors"]
+__all__ = ["DTYPES", "bytes_of", "write_hashed", "write_tensors"]
 
-VERSION = 2
 _CHUNK_BYTES = 8 << 20  # hashed and written at a time
-_HEADER_LIMIT = 100 << 20  # bytes; the safetensors library's own
-_DTYPES = {
+
+#: torch's types by their names in the format.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,20 +41,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A fragment in a file: its tensor's `shape`, its place in it, and where its bytes begin."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    numel: int
-    dtype: torch.dtype
-    begin: int  # byte of the file
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -99,32 +84,3 @@ def write_tensors(blobs: Blobs, path: str, fragments: Sequence[Fragment]) -> tup
     with blobs.write(path) as file:
         digest = write_hashed(file.write, parts())
     return 8 + len(text) + end, digest
-
-
-def read_entries(blobs: Blobs, path: str) -> list[Entry]:
-    """What is in a file, from its header alone. Raises CheckpointError for anything but a file of fragments."""
-    try:
-        (length,) = struct.unpack("<Q", blobs.read(path, 0, 8))
-        if length > _HEADER_LIMIT:
-            raise ValueError(f"a header of {length} bytes")
-        raw: dict[str, Any] = json.loads(blobs.read(path, 8, length))
-        about = raw.pop("__metadata__")
-        if (about["format"], about["version"]) != ("dtrain", str(VERSION)):
-            raise ValueError(f"format {about['format']} {about['version']}; this dtrain reads dtrain {VERSION}")
-        shapes = json.loads(about["shapes"])
-        return [_entry(key, value, shapes[key], 8 + length) for key, value in raw.items()]
-    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
-        raise CheckpointError(
-            f"{blobs.url}/{path}: no readable file of fragments ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _entry(key: str, value: dict[str, Any], shape: list[int], base: int) -> Entry:
-    tensor, _, offset = key.rpartition("@")
-    kind, _, name = tensor.partition("/")
-    begin, end = value["data_offsets"]
-    dtype = _DTYPES[value["dtype"]]
-    numel = int(value["shape"][0])
-    if end - begin != numel * dtype.itemsize:
-        raise ValueError(f"{key}: {end - begin} bytes for {numel} elements")
-    return Entry(kind, name, tuple(shape), int(offset), numel, dtype, base + begin)

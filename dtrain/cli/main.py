@@ -91,7 +91,10 @@ def _dispatch(argv: list[str]) -> int:
     export = commands.add_parser("export", help="write the encoder and the recommender as a folder others can open")
     export.add_argument("run", help="run folder")
     export.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier export")
+    export.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
     export.set_defaults(function=_export)
+
+    _add_checkpoint(commands.add_parser("checkpoint", help="list, show, verify, prune or convert checkpoints"))
 
     # Overrides may stand after an option too, which argparse does not expect of positional arguments.
     arguments, rest = parser.parse_known_args(argv)
@@ -100,6 +103,37 @@ def _dispatch(argv: list[str]) -> int:
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return int(arguments.function(arguments))
+
+
+def _add_checkpoint(checkpoint: argparse.ArgumentParser) -> None:
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, what: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=what)
+        action.add_argument("run", help="run folder, or a store of checkpoints: a folder or s3://bucket/prefix")
+        action.set_defaults(function=_checkpoint)
+        return action
+
+    ls = add("ls", "one line a checkpoint")
+    ls.add_argument("--verify", action="store_true", help="read every byte, so that the state is known")
+    ls.add_argument("--json", action="store_true", help="for scripts")
+    show = add("show", "all that a checkpoint's record says")
+    show.add_argument("which", nargs="?", default="latest", help="a step, latest (default) or best")
+    show.add_argument("--json", action="store_true", help="for scripts")
+    verify = add("verify", "read every byte; exit code 0 when all is whole, 4 when anything is damaged")
+    verify.add_argument("which", nargs="?", default="all", help="a step, latest, best or all (default)")
+    prune = add("prune", "remove what retention does not keep")
+    for name, what in (
+        ("last", "newest checkpoints to keep"),
+        ("every", "checkpoints at multiples of so many steps to keep; 0: none"),
+        ("weights", "newest weights-only checkpoints to keep; 0: all"),
+    ):
+        prune.add_argument(f"--keep-{name}", type=int, metavar="N", help=f"{what} (default: the run's config)")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+    prune.add_argument("--force", action="store_true", help="also when outcome.json says that the run is running")
+    to_hf = add("to-hf", "the encoder of any checkpoint as a folder that AutoModel opens")
+    to_hf.add_argument("which", nargs="?", default="best", help="a step, best (default) or latest")
+    to_hf.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier one")
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -147,10 +181,32 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if World.from_env().size > 1:
-        raise ConfigError("dtrain export: runs in one process; start it without a launcher")
+    _check_alone("export")
     from dtrain.export.folder import export
 
-    for line in export(arguments.run, arguments.out):
+    for line in export(arguments.run, arguments.out, arguments.checkpoint):
         print(line)
     return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    _check_alone("checkpoint")
+    from dtrain.cli import checkpoint
+    from dtrain.cli.prune import prune
+
+    if arguments.action == "ls":
+        return checkpoint.list_checkpoints(arguments.run, read=arguments.verify, as_json=arguments.json)
+    if arguments.action == "show":
+        return checkpoint.show(arguments.run, arguments.which, as_json=arguments.json)
+    if arguments.action == "verify":
+        return checkpoint.verify(arguments.run, arguments.which)
+    if arguments.action == "to-hf":
+        return checkpoint.to_hf(arguments.run, arguments.which, arguments.out)
+    given = {name: getattr(arguments, name) for name in ("keep_last", "keep_every", "keep_weights")}
+    keep = {name: value for name, value in given.items() if value is not None}
+    return prune(arguments.run, keep, dry_run=arguments.dry_run, force=arguments.force)
+
+
+def _check_alone(command: str) -> None:
+    if World.from_env().size > 1:
+        raise ConfigError(f"dtrain {command}: runs in one process; start it without a launcher")

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.core.errors import ConfigError
 
-__all__ = ["dump_yaml", "load_config", "nearest", "to_dict"]
+__all__ = ["dump_yaml", "load_config", "load_section", "nearest", "to_dict"]
 
 T = TypeVar("T")
 
@@ -42,16 +42,26 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
         merged = _read(Path(path), ())
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    return _checked(schema, merged, str(path or "overrides"))
+
+
+def load_section(schema: type[T], path: str | Path, key: str) -> T:
+    """The section `key` of a config file alone, as `load_config`; for those who know not all of the file's schema."""
+    section = _read(Path(path), ()).get(key)
+    return _checked(schema, OmegaConf.create({}) if section is None else section, f"{path}: {key}")
+
+
+def _checked(schema: type[T], merged: Any, where: str) -> T:
     raw = OmegaConf.to_container(merged, resolve=False)
-    _check_keys(schema, raw, str(path or "overrides"), "")
+    _check_keys(schema, raw, where, "")
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_spelled(schema, raw, _field_of)))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError(f"{path}: {missing[0]} has no value; it is required. Set it: {missing[0]}=...")
+            raise ConfigError(f"{where}: {missing[0]} has no value; it is required. Set it: {missing[0]}=...")
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'overrides'}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
     assert isinstance(result, schema)
     return result
 

@@ -10,8 +10,6 @@ recommender/items/PLATFORM.arrow                   every item: id, text, categor
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from dtrain.core.comm import connect
 from dtrain.core.errors import ExportError
-from dtrain.core.storage import fsync_dir, read_json, write_json, write_text
+from dtrain.core.storage import read_json, write_json, write_text
 from dtrain.core.world import World
 from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
+from dtrain.export.target import export_folder
 from dtrain.model.recommender import Recommender
 from dtrain.train.open import OpenRun, open_run
+from dtrain.train.score import read_metrics
 from dtrain.train.subjects import Subject, subjects
 from dtrain.train.vectors import encode_catalog, item_vectors
 
@@ -41,32 +41,23 @@ TOLERANCE = 1e-4
 _CHECKED = 64  # items of each platform whose text is encoded again from the exported folder
 
 
-def export(run: str | Path, out: str | Path) -> list[str]:
-    """Export the best checkpoint of `run` to the folder `out`; returns lines of news.
+def export(run: str | Path, out: str | Path, choice: str = "best") -> list[str]:
+    """Export a checkpoint of `run` (see `open_run`) to the folder `out`; returns lines of news.
 
     The folder appears whole or not at all, and replaces an earlier export only then. Raises ExportError when `out` is
     something else than an export, or when what was written does not reproduce the run's own vectors.
     """
-    out = Path(out)
-    if out.exists() and not (out / "recommender" / "recommender.json").is_file() and any(out.iterdir()):
-        raise ExportError(f"{out}: is there and is no earlier export; choose another --out, or remove it")
-    with connect(World()) as comm:
-        opened = open_run(run, comm)
-        if not isinstance(opened.model, Recommender):
-            raise ExportError(f"{run}: a run of train.task={opened.config.train.task}; only recommend is exported")
-        caches = list(opened.inputs.caches.values())
-        text_NH = encode_catalog(
-            opened.model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        shelves = _write(opened, opened.model, text_NH, building)
-        lines = _check_parity(opened, text_NH, shelves, building)
-        _replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with export_folder(Path(out), "recommender/recommender.json") as folder:
+        with connect(World()) as comm:
+            opened = open_run(run, comm, choice=choice)
+            if not isinstance(opened.model, Recommender):
+                raise ExportError(f"{run}: a run of train.task={opened.config.train.task}; only recommend is exported")
+            caches = list(opened.inputs.caches.values())
+            text_NH = encode_catalog(
+                opened.model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens
+            )
+        shelves = _write(opened, opened.model, text_NH, folder)
+        lines = _check_parity(opened, text_NH, shelves, folder)
     return [*lines, f"exported step {opened.commit.step} of {run} to {out}"]
 
 
@@ -96,8 +87,7 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
         shelves[subject.name] = vector_ND
     facts = _facts(opened, model)
     write_json(folder / "recommender" / "recommender.json", facts)
-    metrics_path = opened.path / "metrics.json"
-    metrics = read_json(metrics_path) if metrics_path.is_file() else None
+    metrics = read_metrics(opened.path, opened.commit.step)
     if metrics is not None:
         write_json(folder / "metrics.json", metrics)
     about = {**read_json(opened.path / "facts.json"), "step": opened.commit.step}
@@ -199,13 +189,3 @@ def _pool(hidden_NTH: Tensor, mask_NT: Tensor, pooling: str) -> Tensor:
     if pooling == "max":
         return hidden_NTH.masked_fill(~real_NT1, -torch.inf).amax(1)
     return hidden_NTH.masked_fill(~real_NT1, 0.0).sum(1) / real_NT1.sum(1)
-
-
-def _replace(building: Path, out: Path) -> None:
-    """Put the finished folder in the place of an earlier export."""
-    old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
-    if out.exists():
-        out.rename(old)
-    building.rename(out)
-    fsync_dir(out.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint.choice import check_choice
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
@@ -40,6 +41,7 @@ class EvaluateConfig:
     """How to evaluate. None of it changes what the model is."""
 
     split: str = "test"  # test | valid
+    checkpoint: str = "best"  # best (the latest where none is) | latest | a step, weights-only ones too
     seed: int = 0  # of the bootstrap
     resamples: int = RESAMPLES  # bootstrap resamples, at least 1000
     batch_tokens: int = 16384  # cells of one batch of texts, padding included
@@ -50,6 +52,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.split not in ("test", "valid"):
             raise ConfigError(f"evaluate.split={self.split!r} is neither test nor valid")
+        check_choice("evaluate.checkpoint", self.checkpoint)
         for name, low in (("resamples", 1000), ("batch_tokens", 1), ("block_bytes", 1), ("rerank_users", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"evaluate.{name}={getattr(self, name)} is below {low}; use at least {low}")

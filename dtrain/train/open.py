@@ -22,7 +22,15 @@ from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
 from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
-__all__ = ["OpenRun", "check_fingerprints", "load_weights", "open_run", "open_store", "read_run_config"]
+__all__ = [
+    "OpenRun",
+    "check_fingerprints",
+    "find_checkpoint",
+    "load_weights",
+    "open_run",
+    "open_store",
+    "read_run_config",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +59,40 @@ def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
 def open_store(run: str | Path, config: RunConfig, comm: Comm) -> CheckpointStore:
     """The checkpoints of a run folder, wherever its config puts them. Raises ConfigError for a place we can't use."""
     ballot = Ballot(comm.world, comm.mailbox("checkpoints"), config.checkpoint.timeout_s)
-    return CheckpointStore(open_blobs(config.checkpoint.path or Path(run) / "checkpoints"), ballot, config.checkpoint)
+    return CheckpointStore(open_blobs(config.checkpoint.place(run)), ballot, config.checkpoint)
 
 
-def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), which: str = "best") -> OpenRun:
-    """Open `which` ("best" or "last") checkpoint of a run. A collective call.
+def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice: str = "best") -> OpenRun:
+    """Open a checkpoint of a run: "best" (the latest where none is), "latest", or that of a step. A collective call.
 
-    Raises CheckpointError when there is no whole checkpoint, StateMismatch when data or tokenizer are others now.
+    Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of,
+    StateMismatch when data or tokenizer are others now.
     """
     path = Path(run)
     config = read_run_config(path, overrides)
     store = open_store(path, config, comm)
-    commit = (store.best() if which == "best" else None) or store.latest()
-    if commit is None:
-        raise CheckpointError(f"{store.blobs.url}: no whole checkpoint; train the run first")
+    commit = find_checkpoint(store, choice)
     inputs = open_inputs(config, comm, tokenizer_from=path / "encoder")
     check_fingerprints(commit.fingerprints, inputs.fingerprints())
     model = build_module(pinned(config, path / "encoder"), inputs, pretrained=False)
     load_weights(model, store.open(commit))
     return OpenRun(path, config, inputs, model.eval(), commit)
+
+
+def find_checkpoint(store: CheckpointStore, choice: str) -> Commit:
+    """A whole checkpoint, to take the weights of: "best" (the latest where none is), "latest", or a step. Collective.
+
+    Raises CheckpointError when there is none, ConfigError for a step that there is no checkpoint of.
+    """
+    commit = store.find(choice)
+    if commit is None and choice == "best":
+        commit = store.latest()
+    if commit is None:
+        raise CheckpointError(
+            f"{store.blobs.url}: no whole checkpoint to be had as {choice!r}; `dtrain checkpoint ls` shows what is "
+            "there, the log above what is damaged"
+        )
+    return commit
 
 
 def check_fingerprints(saved: dict[str, Any], now: dict[str, str]) -> None:
@@ -82,12 +105,15 @@ def check_fingerprints(saved: dict[str, Any], now: dict[str, str]) -> None:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, source: FragmentSource) -> None:
-    """Fill parameters and persistent buffers of `module` from a checkpoint. Raises StateMismatch on other shapes."""
+def load_weights(module: nn.Module, source: FragmentSource, prefix: str = "") -> None:
+    """Fill parameters and persistent buffers of `module` from a checkpoint. Raises StateMismatch on other shapes.
+
+    `prefix`: what their names in the checkpoint have before those in `module`, such as "encoder.".
+    """
     kept = module.state_dict(keep_vars=True)
     parameters = dict(module.named_parameters())
-    for name, tensor in kept.items():
-        kind = "master" if name in parameters else "buffer"
+    for own_name, tensor in kept.items():
+        kind, name = "master" if own_name in parameters else "buffer", prefix + own_name
         shape = source.shape(kind, name)
         if shape != tuple(tensor.shape):
             raise StateMismatch(

@@ -7,35 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.comm import Comm
-from dtrain.core.storage import write_json
+from dtrain.core.storage import read_json, write_json
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import untuned_encoder
 from dtrain.train.evaluate import evaluate
-from dtrain.train.open import OpenRun, open_run
+from dtrain.train.open import OpenRun, open_run, read_run_config
 from dtrain.train.report import write_report
 from dtrain.train.rerank import evaluate_reranker
 from dtrain.train.retrievers import open_retrievers, reranker_of
 from dtrain.train.subjects import subjects
 from dtrain.train.table import render_table
 
-__all__ = ["score_run"]
+__all__ = ["read_metrics", "score_run"]
 
 
 def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str:
-    """Evaluate the best checkpoint of `run` and return the table for people. Collective; rank 0 writes the files."""
-    opened = open_run(run, comm, overrides)
+    """Evaluate a checkpoint of `run` and return the table for people. Collective; rank 0 writes the files.
+
+    The checkpoint is `evaluate.checkpoint`. The run's own metrics, metrics.json and the report, are of its best.
+    """
+    config = read_run_config(run, overrides).evaluate
+    opened = open_run(run, comm, overrides, config.checkpoint)
     opened.model.to(comm.device)
     metrics: Mapping[str, Any] = (
         _retriever_metrics(opened, opened.model, comm)
         if isinstance(opened.model, Recommender)
         else _reranker_metrics(opened, comm)
     )
-    metrics = {**metrics, "step": opened.commit.step, "manifest_fingerprint": opened.manifest.fingerprint}
+    step = opened.commit.step
+    metrics = {**metrics, "step": step, "manifest_fingerprint": opened.manifest.fingerprint}
+    name = _metrics_name(config.split, None if config.checkpoint == "best" else step)
     if comm.world.is_main:
-        split = opened.config.evaluate.split
-        write_json(Path(run) / ("metrics.json" if split == "test" else f"metrics-{split}.json"), metrics)
+        write_json(Path(run) / name, metrics)
         write_report(Path(run))
-    return render_table(metrics)
+    table = render_table(metrics)
+    return table if config.checkpoint == "best" else f"{table}\ncheckpoint of step {step}, written to {name}"
+
+
+def read_metrics(run: Path, step: int) -> dict[str, Any] | None:
+    """What `score_run` wrote about the test split and the checkpoint of `step`; None if it was not evaluated."""
+    for path in (run / _metrics_name("test", None), run / _metrics_name("test", step)):
+        if path.is_file():
+            metrics: dict[str, Any] = read_json(path)
+            if metrics.get("step") == step:
+                return metrics
+    return None
+
+
+def _metrics_name(split: str, step: int | None) -> str:
+    """`step` is None for the best checkpoint, whose metrics are the run's own."""
+    parts = ["metrics", *([] if split == "test" else [split]), *([] if step is None else [f"step-{step}"])]
+    return "-".join(parts) + ".json"
 
 
 def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm) -> dict[str, Any]:

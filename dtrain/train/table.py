@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from dtrain.core.text import aligned
 
 __all__ = ["number", "render_table"]
 
@@ -33,7 +35,7 @@ def render_table(metrics: Mapping[str, Any], metric: str = "ndcg@10") -> str:
         rows.append(row)
     macro, worst = metrics["macro"], metrics["worst"]
     title = f"{metric} on {split}, ranked among: {metrics['ranked']}; seen items excluded, ties count against"
-    lines = [title, *_aligned(rows), ""]
+    lines = [title, *aligned(rows), ""]
     lines.append(f"macro {number(macro[metric])} over {macro['platforms']} platforms")
     lines.append(f"worst {number(worst[metric])} ({worst['platform']})")
     for name, block in platforms.items():
@@ -51,14 +53,3 @@ def _lead(difference: Mapping[str, float | None] | None) -> str:
     mark = "+" if low > 0 else "-" if high < 0 else " "
     bounds = f"[{number(low, signed=True)}, {number(high, signed=True)}]"
     return f"{number(difference['mean'], signed=True)} {bounds} {mark}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
