@@ -1,0 +1,95 @@
+"""Starts of a training run whose ranks a test may kill, stop and watch.
+
+Ranks are forked from a server process that has the libraries loaded, so that a start costs a fraction of a second; from
+`dtrain.cli.main` on they run what `python launch/train.py` runs. No launcher watches them: a rank that loses the others
+must end by itself, in bounded time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.train_toys import free_port
+
+__all__ = ["Gang", "start"]
+
+_PRELOADED = (
+    "dtrain.cli.main",
+    "dtrain.cli.train",
+    "dtrain.train.job",
+    "dtrain.engine.deepspeed_engine",
+    "dtrain.core.object_blobs",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+)
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(list(_PRELOADED))
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The ranks of one start."""
+
+    ranks: Sequence[BaseProcess]
+    log: Path  # what rank 0 said on stderr; rank 1's is in `log`.1, and so on
+
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """Exit codes in rank order, negative for signals, None for ranks that still run after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        for rank in self.ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        return [rank.exitcode for rank in self.ranks]
+
+    def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to these ranks (all of them by default); ranks that have ended are passed over."""
+        for rank in range(len(self.ranks)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                if self.ranks[rank].exitcode is None:
+                    os.kill(self.ranks[rank].pid or 0, number)
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        self.signal(signal.SIGKILL)
+        self.wait(30)
+
+    def said(self, rank: int = 0) -> str:
+        """What a rank has written to stdout and stderr so far."""
+        return _log_of(self.log, rank).read_text(encoding="utf-8", errors="replace")
+
+
+def start(config: Path, size: int, log: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = {}) -> Gang:
+    """Start a run of `size` ranks; `env` is added to their environment."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
+    ranks = [
+        _context.Process(target=_run, args=(rank, shared, str(_log_of(log, rank)), [str(config), *overrides]))
+        for rank in range(size)
+    ]
+    for rank in range(size):
+        _log_of(log, rank).touch()
+        ranks[rank].start()
+    return Gang(ranks, log)
+
+
+def _log_of(log: Path, rank: int) -> Path:
+    return log if rank == 0 else log.with_name(f"{log.name}.{rank}")
+
+
+def _run(rank: int, env: dict[str, str], log: str, arguments: list[str]) -> None:
+    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=env["WORLD_SIZE"])
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    from dtrain.cli.main import main
+
+    sys.exit(main(["train", *arguments]))
