@@ -26,7 +26,7 @@ from dtrain.checkpoint.source import ShardedSource
 from dtrain.checkpoint.tensorfile import write_tensors
 from dtrain.core import failpoints
 from dtrain.core.blobs import Blobs
-from dtrain.core.errors import CheckpointError
+from dtrain.core.errors import CheckpointError, Superseded
 
 __all__ = ["CheckpointStore", "superfluous"]
 
@@ -95,12 +95,21 @@ class CheckpointStore:
         return self._log.read()[1]
 
     def latest(self) -> Commit | None:
-        """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective."""
-        return self._newest("")
+        """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective.
+
+        Raises CheckpointError where there are checkpoints and none is whole: that is not to start over silently.
+        """
+        found, damaged = self._newest("")
+        if found is None and damaged:
+            raise CheckpointError(
+                f"{self.blobs.url}: none of {damaged} checkpoints is whole; restore it from a copy, or start anew in "
+                "another run=FOLDER"
+            )
+        return found
 
     def best(self) -> Commit | None:
-        """As `latest`, among those saved with the tag "best". Collective."""
-        return self._newest("best")
+        """As `latest`, among those saved with the tag "best"; None where none of them is whole. Collective."""
+        return self._newest("best")[0]
 
     def verify(self, commit: Commit) -> list[str]:
         """What is wrong with the files of a checkpoint: missing, other size, other digest. Collective.
@@ -116,12 +125,15 @@ class CheckpointStore:
         return ShardedSource(self.blobs, (file.path for file in commit.files if file.role == "tensors"))
 
     def remove(self, numbers: set[int]) -> None:
-        """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone."""
-        commits = self.commits()
-        newest = max((commit.number for commit in commits), default=0)
+        """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone.
+
+        What a record that can't be read may name stays: the reason may pass.
+        """
+        committed, unreadable = self._log.numbers()
+        newest = max(committed, default=0)
         self._log.forget(numbers, before=newest)
         failpoints.reach("prune")
-        kept = {commit.number for commit in commits} - numbers
+        kept = (committed | unreadable) - numbers
         for name in self.blobs.names(""):
             slot = _slot(name)
             if slot is not None and slot not in kept and slot <= newest:  # later slots may belong to a later start
@@ -176,8 +188,11 @@ class CheckpointStore:
             )
             failpoints.reach("record")
             self._log.commit(record)
+            failpoints.reach("recorded")
         except (OSError, CheckpointError) as error:
             self._give_up(record.number)
+            if isinstance(error, Superseded):
+                raise
             raise CheckpointError(
                 f"checkpoint of step {record.step} was not committed: {error}. Earlier checkpoints are intact; make "
                 "room or mend the cause, then resume"
@@ -196,8 +211,10 @@ class CheckpointStore:
         except (OSError, CheckpointError) as error:
             log.warning("what was written for slot %d stays until the next start of the run: %s", number, error)
 
-    def _newest(self, tag: str) -> Commit | None:
+    def _newest(self, tag: str) -> tuple[Commit | None, int]:
+        """The newest whole one, and how many damaged ones were met."""
         commits, damaged = self._ballot.lead(self._readable)
+        met = len(damaged)
         for problem in damaged:
             self._warn(problem)
         for commit in map(Commit.from_json, reversed(commits)):
@@ -205,9 +222,10 @@ class CheckpointStore:
                 continue
             problems = self.verify(commit)
             if not problems:
-                return commit
+                return commit, met
+            met += 1
             self._warn(f"checkpoint {commit.number} of step {commit.step} is damaged: {'; '.join(problems)}")
-        return None
+        return None, met
 
     def _readable(self) -> list[Any]:
         commits, damaged = self._log.read()
@@ -224,8 +242,8 @@ class CheckpointStore:
                 digest.update(chunk)
         except FileNotFoundError:
             return f"{where} is missing"
-        except OSError as error:
-            return f"{where} can't be read ({error.strerror or error})"
+        except (OSError, CheckpointError) as error:
+            return f"{where} can't be read ({error})"
         return "" if digest.hexdigest() == file.sha256 else f"the SHA-256 of {where} is not the committed one"
 
     def _chunks(self, path: str, size: int) -> Iterator[memoryview]:
@@ -251,7 +269,10 @@ def superfluous(commits: list[Commit], config: CheckpointConfig) -> list[Commit]
     Kept are the newest `keep_last` full ones, the newest tagged best, every one at a multiple of `keep_every` steps,
     and the newest `keep_weights` of weights alone (0: all of them).
     """
-    full = [commit for commit in commits if commit.kind == "full"]
+    full: list[Commit] = []
+    for commit in reversed(commits):
+        if commit.kind == "full" and (not full or commit.step < full[0].step):
+            full.insert(0, commit)
     weights = [commit for commit in commits if commit.kind == "weights"]
     kept = [*full[-config.keep_last :], *[c for c in full if "best" in c.tags][-1:], *weights[-config.keep_weights :]]
     if config.keep_every:

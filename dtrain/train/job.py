@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -176,11 +177,16 @@ def _collator(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[Any], 
 
 
 def _keep_encoder(folder: RunFolder, inputs: Inputs, engine: BaseEngine) -> None:
-    if folder.writes and not (folder.encoder / "config.json").is_file():
-        model = engine.module
-        assert isinstance(model, (Recommender, CrossEncoder))
-        model.encoder.model.config.save_pretrained(folder.encoder)
-        inputs.tokenizer.save_pretrained(folder.encoder)
+    """The encoder's config and tokenizer beside the run; the folder appears whole or not."""
+    if not folder.writes or folder.encoder.is_dir():
+        return
+    part = folder.encoder.with_name("encoder.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model = engine.module
+    assert isinstance(model, (Recommender, CrossEncoder))
+    model.encoder.model.config.save_pretrained(part)
+    inputs.tokenizer.save_pretrained(part)
+    part.rename(folder.encoder)
 
 
 def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, mixture: Mixture) -> dict[str, Any]:
