@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +18,27 @@ import pyarrow as pa
 
 from dtrain.checkpoint.journal import read_chain
 from dtrain.checkpoint.store import CheckpointStore
+from dtrain.core.errors import CheckpointError
 from dtrain.core.failpoints import VARIABLE
-from dtrain.core.storage import is_temporary
+from dtrain.core.storage import is_temporary, read_json
 from dtrain.data.ledger import read_ledger
 from tests.gang import Gang, start
 from tests.store_toys import store_in
 from tests.train_toys import run_config
 
-__all__ = ["Arena", "Fault", "Found", "Row", "damages", "injected", "play", "play_damage"]
+__all__ = [
+    "Arena",
+    "Fault",
+    "Found",
+    "Row",
+    "cut_run",
+    "damages",
+    "differences",
+    "injected",
+    "play",
+    "play_damage",
+    "superseded",
+]
 
 STEPS, EVERY, AT = 8, 2, 4  # of a run, between checkpoints, where faults strike
 LIMIT_S = 60.0  # in which a start must have ended, whatever befell it; a machine full of other work included
@@ -146,7 +160,7 @@ def injected() -> list[Fault]:
             overrides=("checkpoint.keep_last=1",),
         ),
     ]
-    asynchronous = ("checkpoint.async_=true",)
+    asynchronous = ("checkpoint.async=true",)
     for phase, rank in (("writing", 0), ("writing", 1), ("record", 0)):
         name = f"SIGKILL of rank {rank}, {phase}, asynchronous"
         survives = AT - EVERY
@@ -197,7 +211,7 @@ def play(arena: Arena, fault: Fault, name: str) -> Row:
     )
     overrides, env = (*SHORT, *fault.shape, *fault.overrides), {VARIABLE: str(points)}
     gang = arena.start(config, fault.size, overrides, env)
-    codes = gang.wait(LIMIT_S)
+    codes = gang.wait(LIMIT_S, but=[fault.rank] if fault.do == "stop" else ())
     gang.end()
     problems = []
     fired = len(list(config.parent.glob("failpoints.json.fired.*")))
@@ -254,7 +268,7 @@ def again(
 
 
 def differences(arena: Arena, config: Path, reference: Found, *, exact: bool = True) -> list[str]:
-    """What of a finished run is not as in `reference`; not `exact`: of its ledger alone, whatever rank read a sample."""
+    """What of a finished run is not as in `reference`; not `exact`: in its ledger alone, whichever rank was to read."""
     found, problems = arena.found(config), []
     if found.step != reference.step:
         problems.append(f"ended at step {found.step}")
@@ -328,3 +342,42 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     else:
         path.unlink()
+
+
+def superseded(arena: Arena, name: str, size: int = 2) -> Row:
+    """A start is frozen, the run started again, the first start thawed: it must give way and leave the other alone."""
+    reference = arena.reference(size)
+    config = arena.config(name)
+    points = config.with_name("failpoints.json")
+    stops = [{"rank": rank, "step": AT + 1, "phase": "step", "do": "stop"} for rank in range(size)]
+    points.write_text(json.dumps(stops), encoding="utf-8")
+    older = arena.start(config, size, ("dist.timeout_s=600",), {VARIABLE: str(points)})
+    marks = [points.with_name(f"{points.name}.fired.{rank}") for rank in range(size)]
+    await_(lambda: all(mark.exists() for mark in marks) or not older.running())
+    survived = newest(arena, config)
+    problems = [] if survived == AT else [f"step {survived} survived, not {AT}"]
+    younger = arena.start(config, size)
+    await_(lambda: newest(arena, config) > AT or not younger.running())
+    older.signal(signal.SIGCONT)
+    codes = older.wait(LIMIT_S)
+    if codes != [CheckpointError.exit_code] * size:
+        problems.append(f"the older start ended with {codes}")
+    if "start 2 of this run has taken over from start 1" not in older.said():
+        problems.append("the older start does not say why it ended")
+    later = younger.wait(LIMIT_S)
+    if later != [0] * size:
+        problems.append(f"the younger start ended with {later}")
+    for gang in (older, younger):
+        gang.end()
+    outcome = read_json(config.parent / "run/outcome.json")
+    if outcome["status"] != "completed":
+        problems.append(f"outcome.json says {outcome['status']}")
+    problems += differences(arena, config, reference)
+    return Row("two starts of one run", size, codes, survived, survived, problems)
+
+
+def await_(happened: Callable[[], bool]) -> None:
+    """Look every 20 ms until `happened`, or LIMIT_S are over."""
+    deadline = time.monotonic() + LIMIT_S
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.02)

@@ -43,11 +43,15 @@ class Gang:
     ranks: Sequence[BaseProcess]
     log: Path  # what rank 0 said on stderr; rank 1's is in `log`.1, and so on
 
-    def wait(self, timeout_s: float) -> list[int | None]:
-        """Exit codes in rank order, negative for signals, None for ranks that still run after `timeout_s`."""
+    def wait(self, timeout_s: float, but: Sequence[int] = ()) -> list[int | None]:
+        """Exit codes in rank order, negative for signals, None for ranks that still run after `timeout_s`.
+
+        The ranks in `but` are not waited for.
+        """
         deadline = time.monotonic() + timeout_s
-        for rank in self.ranks:
-            rank.join(max(0.0, deadline - time.monotonic()))
+        for number, rank in enumerate(self.ranks):
+            if number not in but:
+                rank.join(max(0.0, deadline - time.monotonic()))
         return [rank.exitcode for rank in self.ranks]
 
     def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
@@ -56,6 +60,10 @@ class Gang:
             with contextlib.suppress(ProcessLookupError):
                 if self.ranks[rank].exitcode is None:
                     os.kill(self.ranks[rank].pid or 0, number)
+
+    def running(self) -> bool:
+        """Whether all ranks still run, or are stopped."""
+        return all(rank.exitcode is None for rank in self.ranks)
 
     def end(self) -> None:
         """Kill what still runs."""

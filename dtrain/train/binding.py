@@ -113,11 +113,11 @@ def config_keys(config: RunConfig) -> dict[str, Any]:
 
     def leaves(part: Any, values: Any, prefix: str) -> Iterable[tuple[str, Any]]:
         for field in dataclasses.fields(part):
-            inner, name = getattr(part, field.name), f"{prefix}{field.name}"
+            inner, key = getattr(part, field.name), field.name.removesuffix("_")  # a key may be a Python keyword
             if dataclasses.is_dataclass(inner):
-                yield from leaves(inner, values[field.name], f"{name}.")
+                yield from leaves(inner, values[key], f"{prefix}{key}.")
             else:
-                yield name, values[field.name]
+                yield f"{prefix}{key}", values[key]
 
     return dict(leaves(config, to_dict(config), ""))
 
