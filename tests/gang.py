@@ -1,14 +1,12 @@
 """Starts of a training run whose ranks a test may kill, stop and watch.
 
-Ranks are forked from a server process that has the libraries loaded, so that a start costs a fraction of a second; from
-`dtrain.cli.main` on they run what `python launch/train.py` runs. No launcher watches them: a rank that loses the others
-must end by itself, in bounded time.
+Ranks are forked from the server of `tests.ranks`; from `dtrain.cli.main` on they run what `python launch/train.py`
+runs. No launcher watches them: a rank that loses the others must end by itself, in bounded time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -18,22 +16,10 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.ranks import SERVER
 from tests.train_toys import free_port
 
 __all__ = ["Gang", "start"]
-
-_PRELOADED = (
-    "dtrain.cli.main",
-    "dtrain.cli.train",
-    "dtrain.train.job",
-    "dtrain.engine.deepspeed_engine",
-    "dtrain.core.object_blobs",
-    "torch.utils.tensorboard",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.bert.tokenization_bert",
-)
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(list(_PRELOADED))
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ def start(config: Path, size: int, log: Path, overrides: Sequence[str] = (), env
     """Start a run of `size` ranks; `env` is added to their environment."""
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
     ranks = [
-        _context.Process(target=_run, args=(rank, shared, str(_log_of(log, rank)), [str(config), *overrides]))
+        SERVER.Process(target=_run, args=(rank, shared, str(_log_of(log, rank)), [str(config), *overrides]))
         for rank in range(size)
     ]
     for rank in range(size):
