@@ -113,7 +113,7 @@ def config_keys(config: RunConfig) -> dict[str, Any]:
 
     def leaves(part: Any, values: Any, prefix: str) -> Iterable[tuple[str, Any]]:
         for field in dataclasses.fields(part):
-            inner, key = getattr(part, field.name), field.name.removesuffix("_")  # a key may be a Python keyword
+            inner, key = getattr(part, field.name), field.name.removesuffix("_")  # as `to_dict` spells it
             if dataclasses.is_dataclass(inner):
                 yield from leaves(inner, values[key], f"{prefix}{key}.")
             else:
