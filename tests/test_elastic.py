@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def shapes(comm: Comm, folder: Path) -> dict[Any, Any]:
             load(engine, comm, folder / "canonical")
             seed = torch.initial_seed()
             save(engine, comm, folder / f"{comm.world.size}-{stage}-{precision}")
-            out[stage, precision] = (engine.state(), seed, steps(engine, comm, 3, 6))
+            out[stage, precision] = (engine.state(), seed, steps(engine, comm, 3, 5))
     return out
 
 
@@ -52,9 +54,9 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarra
 
 
 @pytest.fixture(scope="module")
-def ran(canonical: Any) -> dict[int, list[dict[Any, Any]]]:
-    """What `shapes` gave on each rank of each world size."""
-    return {size: run_ranks(size, canonical[0], shapes, canonical[0]) for size in SIZES}
+def ran(canonical: Any) -> Callable[[int], list[dict[Any, Any]]]:
+    """World size -> what `shapes` gave on each of its ranks."""
+    return functools.cache(lambda size: run_ranks(size, canonical[0], shapes, canonical[0]))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -70,23 +72,24 @@ def test_every_shape_loads_the_canonical_state_and_saves_it_unchanged(
     assert {"master/base.weight", "exp_avg/user.weight", "exp_avg_sq/scale", "buffer/seen"} <= before.keys()
     assert before["exp_avg_sq/user.weight"].any()
     assert "buffer/cache" not in before
-    for result in ran[size]:
+    for result in ran(size):
         state, _, rows = result[stage, precision]
         assert state == {**canonical[2], "world_size": size}
         assert np.isfinite(rows).all()
         rtol = 1e-5 if precision == "fp32" else 0.05
-        np.testing.assert_allclose(rows, canonical[1], rtol=rtol, atol=0 if precision == "fp32" else 0.05)
+        np.testing.assert_allclose(rows, canonical[1][:2], rtol=rtol, atol=0 if precision == "fp32" else 0.05)
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_at_another_world_size_random_generators_are_seeded_by_the_written_rule(ran: Any, size: int) -> None:
-    for rank, result in enumerate(ran[size]):
+    for rank, result in enumerate(ran(size)):
         seeds = {seed for _, seed, _ in result.values()}
         assert seeds == {seed_of("resume", 3, size, rank)}
 
 
 @pytest.mark.parametrize(("saved", "stage"), [("4-3-bf16", 0), ("3-2-bf16", 3), ("2-1-fp32", None), ("4-None-fp32", 2)])
 def test_what_any_shape_saved_trains_on_in_another(canonical: Any, ran: Any, saved: str, stage: int | None) -> None:
+    ran(int(saved[0]))
     with connect(World()) as comm:
         engine = build(comm, stage, seed=5)
         load(engine, comm, canonical[0] / saved)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from dtrain.train.ledgers import segment_paths
 
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
@@ -25,7 +26,6 @@ from dtrain.model.config import EncoderConfig, ModelConfig
 from dtrain.train.binding import FACTS, RULES, binding, changes, check_binding, config_keys, rule_of
 from dtrain.train.config import DataConfig, RunConfig
 from dtrain.train.job import run_job
-from dtrain.train.ledgers import segment_paths
 from dtrain.train.setup import Inputs
 from tests.ranks import run_ranks
 from tests.stream_toys import bare_manifest
