@@ -65,6 +65,7 @@ def ran(canonical: Any) -> Callable[[int], list[dict[Any, Any]]]:
 def test_every_shape_loads_the_canonical_state_and_saves_it_unchanged(
     canonical: Any, ran: Any, size: int, stage: int | None, precision: str
 ) -> None:
+    results = ran(size)
     before = content(canonical[0] / "canonical")
     after = content(canonical[0] / f"{size}-{stage}-{precision}")
     assert after.keys() == before.keys()
@@ -72,7 +73,7 @@ def test_every_shape_loads_the_canonical_state_and_saves_it_unchanged(
     assert {"master/base.weight", "exp_avg/user.weight", "exp_avg_sq/scale", "buffer/seen"} <= before.keys()
     assert before["exp_avg_sq/user.weight"].any()
     assert "buffer/cache" not in before
-    for result in ran(size):
+    for result in results:
         state, _, rows = result[stage, precision]
         assert state == {**canonical[2], "world_size": size}
         assert np.isfinite(rows).all()
