@@ -21,13 +21,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dtrain.core.comm import Comm
 from dtrain.core.errors import Interrupted, StopOverdue, Stopped
 from dtrain.core.storage import write_text
 from dtrain.train.runfolder import REQUEST, RunFolder
+
+if TYPE_CHECKING:  # importing it takes seconds, in which signals should be heard already
+    from dtrain.core.comm import Comm
 
 __all__ = ["SIGNALS", "StopFlag"]
 
