@@ -33,6 +33,7 @@ from tests.faults import (
     Arena,
     Row,
     again,
+    await_,
     cut_run,
     damages,
     differences,
@@ -48,7 +49,8 @@ from tests.train_toys import ROOT, environment, free_port, write_shops
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 KILLED_STEPS, KILLED_EVERY = 40, 3  # of a run that is killed at random moments, between its checkpoints
-MOMENTS_S = (0.1, 6.0)  # after a start at which its kill comes; the first step is taken after about 2 s
+STEPPING_S = 3.0  # after the first step of a start, at the latest, its kill comes
+STARTING_S = 2.0  # or of a quarter of them after the start itself
 DISK_KIB = 1300  # holds two checkpoints and not three
 LAUNCHER_S = 150.0  # torchrun gives a frozen rank 30 s before it kills it
 
@@ -140,7 +142,10 @@ def kills(arena: Arena) -> Iterator[Row]:
             overrides = (*SHORT, f"checkpoint.async={chance.choice(('true', 'false'))}")
             gang = arena.start(config, size, overrides)
             if done < KILLS:
-                gang.wait(chance.uniform(*MOMENTS_S))
+                starting = chance.random() < 0.25
+                if not starting:
+                    await_(lambda gang=gang: "step/s" in gang.said() or not gang.running())
+                gang.wait(chance.uniform(0.0, STARTING_S if starting else STEPPING_S))
                 victims = chance.choice([[rank] for rank in range(size)] + [list(range(size))])
                 if gang.running():
                     gang.signal(signal.SIGKILL, victims)
