@@ -14,10 +14,9 @@ WORDS = (
 ).split()
 
 
-@pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tiny_encoder(folder: Path) -> Path:
     """A Hugging Face folder with a random two-layer BERT (hidden 32), its WordPiece vocabulary WORDS and letters."""
-    folder = tmp_path_factory.mktemp("tiny-bert")
+    folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
@@ -33,3 +32,9 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_tiny_encoder`."""
+    return make_tiny_encoder(tmp_path_factory.mktemp("tiny-bert"))

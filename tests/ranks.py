@@ -1,7 +1,11 @@
-"""Real processes for tests: `run_ranks` starts them, joins them over a file (no port), and hands back their results."""
+"""Real processes for tests: `run_ranks` starts them, joins them over a file (no port), and hands back their results.
+
+They are forked from a server process that has the libraries loaded and nothing else, so that a start takes a moment.
+"""
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +13,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dtrain.core.comm import connect
 from dtrain.core.world import World
+
+#: Processes are forked from its server, with these modules loaded.
+SERVER = mp.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "dtrain.cli.main",
+        "dtrain.cli.train",
+        "dtrain.train.job",
+        "dtrain.engine.deepspeed_engine",
+        "dtrain.core.object_blobs",
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.runtime.zero.stage3",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "torch.utils.tensorboard",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.bert.tokenization_bert",
+    ]
+)
 
 
 def _rank(
@@ -36,11 +58,10 @@ def run_ranks(size: int, folder: Path, function: Callable[..., Any], *args: Any,
 
     Results must be picklable and small (convert tensors to numpy). A rank's exception fails the caller.
     """
-    context = mp.get_context("spawn")
-    queue = context.Queue()
+    queue = SERVER.Queue()
     rendezvous = str(folder / f"rendezvous-{size}-{len(list(folder.iterdir()))}")
     processes = [
-        context.Process(target=_rank, args=(rank, size, rendezvous, queue, function, args), daemon=True)
+        SERVER.Process(target=_rank, args=(rank, size, rendezvous, queue, function, args), daemon=True)
         for rank in range(size)
     ]
     for process in processes:

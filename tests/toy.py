@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.core.world import World
 
-ITEMS, FEATURES, SAMPLES = 8, 6, 16
+ITEMS, FEATURES, SAMPLES = 12, 6, 16  # equally many items for each of 1 to 4 ranks; samples may be uneven
 
 
 @dataclass(frozen=True)

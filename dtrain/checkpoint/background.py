@@ -56,9 +56,9 @@ class BackgroundSave:
 
     def _work(self, snapshot: Snapshot, nice: int) -> None:
         began = time.monotonic()
-        if nice:  # on Linux it is the thread's own, and that of threads it starts
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         try:
+            if nice:  # on Linux it is the thread's own, and that of threads it starts
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
             self._result.commit = self._save(snapshot)
         except BaseException as error:
             self._result.error = error

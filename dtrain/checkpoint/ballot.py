@@ -13,12 +13,12 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from dtrain.core.errors import CheckpointError
+from dtrain.core.errors import CheckpointError, Superseded, TrainError
 from dtrain.core.world import World
 
 __all__ = ["Ballot"]
 
-_VERDICT_S = 30.0  # more time for rank 0's word than rank 0 has for the votes, so that its reason arrives
+_VERDICT_S = 30.0  # more time at most for rank 0's word than rank 0 has for the votes, so that its reason arrives
 
 
 class Ballot:
@@ -34,23 +34,23 @@ class Ballot:
     def lead(self, function: Callable[[], Any]) -> Any:
         """What `function` returns on rank 0 (JSON-able), on every rank.
 
-        Its OSError or CheckpointError is raised on every rank as CheckpointError.
+        Its OSError or CheckpointError is raised on every rank as CheckpointError, Superseded as such.
         """
         return self.decide(None, lambda _: function())
 
     def decide(self, vote: Any, judge: Callable[[list[Any]], Any]) -> Any:
         """Every rank votes (JSON-able); `judge` makes of the votes, in rank order, on rank 0, what every rank gets.
 
-        Raises CheckpointError on every rank that still runs: naming the ranks whose vote did not come in time, or
-        with what `judge` raised.
+        Raises CheckpointError on every rank alike: naming the ranks whose vote did not come in time, or with what
+        `judge` raised. Raises TrainError on a rank that did not hear from rank 0 in time: it can't know how the vote
+        ended, so it must not go on as if it did.
         """
         self._round += 1
         if self._store is None:
             return self._verdict(self._judged(lambda: judge([vote])))
         name = f"{self._round}"
         if not self.world.is_main:
-            self._store.set(f"{name}/{self.world.rank}", json.dumps(vote))
-            return self._verdict(self._await_verdict(f"{name}/verdict"))
+            return self._verdict(self._ask(name, vote))
         outcome = self._judged(lambda: judge([vote, *self._votes(name)]))
         self._store.set(f"{name}/verdict", json.dumps(outcome))
         return self._verdict(outcome)
@@ -77,27 +77,29 @@ class Ballot:
         self._old = [*keys, f"{name}/verdict"]
         return votes
 
-    def _await_verdict(self, key: str) -> list[Any]:
+    def _ask(self, name: str, vote: Any) -> list[Any]:
         assert self._store is not None
-        limit_s = self._timeout_s + _VERDICT_S
+        limit_s = self._timeout_s + min(_VERDICT_S, self._timeout_s)
         try:
-            self._store.wait([key], datetime.timedelta(seconds=limit_s))
-            verdict: list[Any] = json.loads(self._store.get(key))
+            self._store.set(f"{name}/{self.world.rank}", json.dumps(vote))
+            self._store.wait([f"{name}/verdict"], datetime.timedelta(seconds=limit_s))
+            verdict: list[Any] = json.loads(self._store.get(f"{name}/verdict"))
         except RuntimeError as error:
-            raise CheckpointError(
-                f"rank 0 did not answer within {limit_s:g} s; it has died or hangs. See its log"
+            raise TrainError(
+                f"rank 0 did not answer rank {self.world.rank} within {limit_s:g} s; it has died or hangs. See its "
+                "log, then start the run again"
             ) from error
         return verdict
 
     @staticmethod
     def _judged(judge: Callable[[], Any]) -> list[Any]:
         try:
-            return [judge(), ""]
+            return [judge(), "", False]
         except (OSError, CheckpointError) as error:
-            return [None, str(error)]
+            return [None, str(error), isinstance(error, Superseded)]
 
     @staticmethod
     def _verdict(outcome: list[Any]) -> Any:
         if outcome[1]:
-            raise CheckpointError(outcome[1])
+            raise (Superseded if outcome[2] else CheckpointError)(outcome[1])
         return outcome[0]

@@ -7,7 +7,8 @@
 A slot goes claimed -> committed | void, or stays claimed when its writer failed. Records are created on condition
 that nothing is there, so the first of two writers wins. An attempt registers first and then voids what earlier
 attempts have claimed; a writer claims first and then looks for a later attempt. Whichever comes first, one sees the
-other, so a writer left over from an earlier attempt never commits.
+other, so a writer left over from an earlier attempt never commits. Voids stay for ever, small as they are: without
+its void a slot would be open again to a writer that was frozen meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.core.blobs import Blobs
-from dtrain.core.errors import CheckpointError
+from dtrain.core.errors import CheckpointError, Superseded
 
 __all__ = ["Commit", "CommitFile", "CommitLog"]
 
@@ -71,17 +72,22 @@ class CommitLog:
     _nonce: str = field(default_factory=lambda: secrets.token_hex(8))  # no two processes create equal content
 
     def begin(self) -> tuple[int, list[int]]:
-        """Register a new attempt and void the unfinished slots of all earlier ones; returns it and those slots."""
+        """Register a new attempt and void the unfinished slots of all earlier ones; returns it and those slots.
+
+        Raises Superseded when a later attempt has begun meanwhile.
+        """
         number = self._newest_attempt() + 1
         while not self.blobs.create(f"attempts/{number:06d}", self._content({"attempt": number})):
             number += 1
         self.attempt = number
-        committed = set(self._numbers("commits"))
-        unfinished = [slot for slot in self._numbers("claims") if slot not in committed]
-        return number, [slot for slot in unfinished if self.void(slot)]
+        ended = set(self._numbers("commits"))
+        unfinished = [slot for slot in self._numbers("claims") if slot not in ended and self._claimed_before(slot)]
+        voided = [slot for slot in unfinished if self.void(slot)]
+        self._check_newest()
+        return number, voided
 
     def claim(self) -> int:
-        """Take the next slot. Raises CheckpointError when a later attempt has begun."""
+        """Take the next slot. Raises Superseded when a later attempt has begun."""
         attempt = self.begin()[0] if self.attempt is None else self.attempt
         number = max([*self._numbers("claims"), *self._numbers("commits")], default=0) + 1
         while not self.blobs.create(f"claims/{number:06d}", self._content({"attempt": attempt})):
@@ -90,7 +96,7 @@ class CommitLog:
         return number
 
     def commit(self, record: Commit) -> None:
-        """Write the record: from here on the checkpoint exists. Raises CheckpointError when the slot was voided."""
+        """Write the record: from here on the checkpoint exists. Raises Superseded when the slot was voided."""
         text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False, allow_nan=False)
         path = self.record_path(record.number)
         if not self.blobs.create(path, text.encode()):
@@ -107,7 +113,16 @@ class CommitLog:
 
     def read(self) -> tuple[list[Commit], list[str]]:
         """All records, oldest first, and what is wrong with the unreadable ones."""
-        commits, damaged = [], []
+        commits, damaged = self._read()
+        return commits, list(damaged.values())
+
+    def numbers(self) -> tuple[set[int], set[int]]:
+        """Slots with a checkpoint, and slots whose record can't be read, so that there may be one."""
+        commits, damaged = self._read()
+        return {commit.number for commit in commits}, set(damaged)
+
+    def _read(self) -> tuple[list[Commit], dict[int, str]]:
+        commits, damaged = [], {}
         for number in self._numbers("commits"):
             path = self.record_path(number)
             try:
@@ -115,14 +130,14 @@ class CommitLog:
                 if "void_by" not in raw:
                     commits.append(Commit.from_json(raw))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                damaged.append(f"{self.blobs.url}/{path}: no readable commit record ({type(error).__name__}: {error})")
+                damaged[number] = (
+                    f"{self.blobs.url}/{path}: no readable commit record ({type(error).__name__}: {error})"
+                )
         return commits, damaged
 
     def forget(self, numbers: set[int], before: int) -> None:
-        """Remove these records, and the voids and claims of slots below `before`."""
-        committed = {commit.number for commit in self.read()[0]}
-        stale = {n for n in self._numbers("commits") if n < before and n not in committed}
-        for number in sorted(numbers | stale):
+        """Remove these records, and the claims of slots below `before`: their records or voids close them."""
+        for number in sorted(numbers):
             self.blobs.remove(self.record_path(number))
         for number in self._numbers("claims"):
             if number < before:
@@ -137,11 +152,20 @@ class CommitLog:
     def _newest_attempt(self) -> int:
         return max(self._numbers("attempts"), default=0)
 
-    def _check_newest(self, number: int) -> None:
+    def _claimed_before(self, slot: int) -> bool:
+        """Whether an earlier attempt than this one claimed `slot`."""
+        try:
+            attempt = int(json.loads(self.blobs.read(f"claims/{slot:06d}"))["attempt"])
+        except (OSError, ValueError, KeyError, TypeError):  # torn or gone: nobody is known to need it
+            return True
+        return attempt < (self.attempt or 0)
+
+    def _check_newest(self, claimed: int | None = None) -> None:
         newest = self._newest_attempt()
         if self.attempt is not None and newest > self.attempt:
-            self.void(number)
-            raise CheckpointError(
+            if claimed is not None:
+                self.void(claimed)
+            raise Superseded(
                 f"{self.blobs.url}: start {newest} of this run has taken over from start {self.attempt}, which may "
                 "save no more; stop the older processes"
             )

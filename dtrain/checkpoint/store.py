@@ -27,7 +27,7 @@ from dtrain.checkpoint.source import ShardedSource
 from dtrain.checkpoint.tensorfile import write_tensors
 from dtrain.core import failpoints
 from dtrain.core.blobs import Blobs
-from dtrain.core.errors import CheckpointError
+from dtrain.core.errors import CheckpointError, Superseded
 
 __all__ = ["CheckpointStore"]
 
@@ -94,11 +94,20 @@ class CheckpointStore:
         return self._log.read()[1]
 
     def latest(self) -> Commit | None:
-        """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective."""
-        return self.find("latest")
+        """The newest full checkpoint whose files are whole, or None. Logs damage on the way by name. Collective.
+
+        Raises CheckpointError where there are checkpoints and none is whole: that is not to start over silently.
+        """
+        found, damaged = self._find("latest")
+        if found is None and damaged:
+            raise CheckpointError(
+                f"{self.blobs.url}: none of {damaged} checkpoints is whole; restore it from a copy, or start anew in "
+                "another run=FOLDER"
+            )
+        return found
 
     def best(self) -> Commit | None:
-        """As `latest`, among those saved with the tag "best". Collective."""
+        """As `latest`, among those saved with the tag "best"; None where none of them is whole. Collective."""
         return self.find("best")
 
     def find(self, choice: str) -> Commit | None:
@@ -106,15 +115,7 @@ class CheckpointStore:
 
         Raises ConfigError for a step that there is no checkpoint of.
         """
-        commits, damaged = self._ballot.lead(self._readable)
-        for problem in damaged:
-            self._warn(problem)
-        for commit in candidates([Commit.from_json(raw) for raw in commits], choice, self.blobs.url):
-            problems = self.verify(commit)
-            if not problems:
-                return commit
-            self._warn(f"checkpoint {commit.number} of step {commit.step} is damaged: {'; '.join(problems)}")
-        return None
+        return self._find(choice)[0]
 
     def verify(self, commit: Commit) -> list[str]:
         """What is wrong with the files of a checkpoint: missing, other size, other digest. Collective.
@@ -130,7 +131,10 @@ class CheckpointStore:
         return ShardedSource(self.blobs, (file.path for file in commit.files if file.role == "tensors"))
 
     def remove(self, numbers: set[int]) -> None:
-        """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone."""
+        """Remove these checkpoints, records before files, and older folders that no record names. Rank 0 alone.
+
+        What a record that can't be read may name stays: the reason may pass.
+        """
         remove(self._log, numbers)
 
     def _begin(self) -> int:
@@ -182,8 +186,11 @@ class CheckpointStore:
             )
             failpoints.reach("record")
             self._log.commit(record)
+            failpoints.reach("recorded")
         except (OSError, CheckpointError) as error:
             self._give_up(record.number)
+            if isinstance(error, Superseded):
+                raise
             raise CheckpointError(
                 f"checkpoint of step {record.step} was not committed: {error}. Earlier checkpoints are intact; make "
                 "room or mend the cause, then resume"
@@ -201,6 +208,20 @@ class CheckpointStore:
                 self._discard(number)
         except (OSError, CheckpointError) as error:
             log.warning("what was written for slot %d stays until the next start of the run: %s", number, error)
+
+    def _find(self, choice: str) -> tuple[Commit | None, int]:
+        """The newest whole one, and how many damaged ones were met."""
+        commits, damaged = self._ballot.lead(self._readable)
+        met = len(damaged)
+        for problem in damaged:
+            self._warn(problem)
+        for commit in candidates([Commit.from_json(raw) for raw in commits], choice, self.blobs.url):
+            problems = self.verify(commit)
+            if not problems:
+                return commit, met
+            met += 1
+            self._warn(f"checkpoint {commit.number} of step {commit.step} is damaged: {'; '.join(problems)}")
+        return None, met
 
     def _readable(self) -> list[Any]:
         commits, damaged = self._log.read()

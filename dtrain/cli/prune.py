@@ -35,7 +35,7 @@ def prune(run: str, keep: Mapping[str, Any], *, dry_run: bool, force: bool) -> i
         )
     going = superfluous(commits, policy)
     gone = {commit.number for commit in going}
-    strays = unnamed(place.blobs.names(""), commits)
+    strays = unnamed(place.blobs.names(""), log)
     rule = ", ".join(f"{name}={getattr(policy, name)}" for name in ("keep_last", "keep_every", "keep_weights"))
     if not going and not strays:
         print(f"nothing to remove: {len(commits)} checkpoints, and {rule} keeps them all")

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from dtrain.core.world import World
 
-__all__ = ["Comm", "connect"]
+__all__ = ["Comm", "connect", "lost_rank"]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -128,3 +128,8 @@ def connect(world: World, *, timeout_s: float = 600.0) -> Iterator[Comm]:
     finally:
         if owned and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether `error` is how a collective or the store says that another rank has gone or did not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -5,7 +5,8 @@ DtrainError                 exit code 1
 |- DataError                3   an input file, row or prepared folder that can't be used
 |  `- CorruptFile           3   a file whose content does not match its recorded size or digest
 |- CheckpointError          4   a checkpoint that is damaged, missing or can't be written
-|  `- StateMismatch         4   a checkpoint or model that belongs to other data, tokenizer or config
+|  |- StateMismatch         4   a checkpoint or model that belongs to other data, tokenizer or config
+|  `- Superseded            4   a later start of the run has taken over: this one may save no more
 |- TrainError               5   a run that can't go on (non-finite losses, a lost rank)
 |- ExportError              6   an export that does not reproduce the run
 `- Interrupted              130 Ctrl-C, at once: a second one where the first asked a training to stop
@@ -29,6 +30,7 @@ __all__ = [
     "StateMismatch",
     "StopOverdue",
     "Stopped",
+    "Superseded",
     "TrainError",
 ]
 
@@ -56,6 +58,10 @@ class CheckpointError(DtrainError):
 
 
 class StateMismatch(CheckpointError):
+    pass
+
+
+class Superseded(CheckpointError):
     pass
 
 

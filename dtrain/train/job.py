@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,9 @@ from dtrain.batches.collate import Collator
 from dtrain.batches.pairs import PairCollator
 from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
-from dtrain.core.comm import Comm, connect
+from dtrain.core.comm import Comm, connect, lost_rank
 from dtrain.core.config import dump_yaml
-from dtrain.core.errors import ConfigError, DtrainError
+from dtrain.core.errors import ConfigError, DtrainError, TrainError
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
@@ -70,8 +71,13 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> st
         if reason := stop.stopped_at_start():
             folder.outcome("stopped", signal=reason)
             return "stopped"
+        if lost_rank(error):
+            error = TrainError(
+                f"rank {world.rank} lost another rank, which has died or hung for dist.timeout_s="
+                f"{config.dist.timeout_s:g} s ({error}). See the other ranks' logs, then start the run again"
+            )
         folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=round(time.time() - began, 1))
-        raise
+        raise error
     except KeyboardInterrupt:
         folder.outcome("interrupted", wall_s=round(time.time() - began, 1))
         raise
@@ -120,18 +126,17 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
         status = loop.run()
     if state.step == began_at and before.get("status") == status != "stopped":
         folder.outcome(**before)  # it had ended before: what it took stays on record
-        return status
-    stopping = state.stopping
-    folder.outcome(
-        status,
-        step=state.step,
-        best=stopping.best,
-        best_step=stopping.best_step,
-        metric=f"{config.train.aggregate} {config.train.metric}",
-        skipped=engine.state()["skipped"],
-        wall_s=round(time.time() - began, 1),
-        **({"signal": stop.agreed} if status == "stopped" else {}),
-    )
+    else:
+        folder.outcome(
+            status,
+            step=state.step,
+            best=state.stopping.best,
+            best_step=state.stopping.best_step,
+            metric=f"{config.train.aggregate} {config.train.metric}",
+            skipped=engine.state()["skipped"],
+            wall_s=round(time.time() - began, 1),
+            **({"signal": stop.agreed} if status == "stopped" else {}),
+        )
     comm.barrier()  # a launcher ends the other ranks when one exits with an error code: none does before this is there
     return status
 
@@ -176,11 +181,16 @@ def _collator(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[Any], 
 
 
 def _keep_encoder(folder: RunFolder, inputs: Inputs, engine: BaseEngine) -> None:
-    if folder.writes and not (folder.encoder / "config.json").is_file():
-        model = engine.module
-        assert isinstance(model, (Recommender, CrossEncoder))
-        model.encoder.model.config.save_pretrained(folder.encoder)
-        inputs.tokenizer.save_pretrained(folder.encoder)
+    """The encoder's config and tokenizer beside the run; the folder appears whole or not."""
+    if not folder.writes or folder.encoder.is_dir():
+        return
+    part = folder.encoder.with_name("encoder.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model = engine.module
+    assert isinstance(model, (Recommender, CrossEncoder))
+    model.encoder.model.config.save_pretrained(part)
+    inputs.tokenizer.save_pretrained(part)
+    part.rename(folder.encoder)
 
 
 def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, mixture: Mixture) -> dict[str, Any]:

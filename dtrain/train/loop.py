@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from dtrain.core import failpoints
 from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
 from dtrain.data.batch import PairBatch, StepBatch
@@ -129,6 +130,7 @@ class Loop:
         return self.state.step >= self.config.steps or self.state.stopping.stopped
 
     def _step(self, bar: tqdm[Any]) -> None:
+        failpoints.reach("step", self.state.step + 1)
         asked = time.perf_counter()
         samples = next(self.stream)
         batch = self.collate(samples)

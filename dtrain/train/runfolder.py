@@ -143,9 +143,11 @@ class RunFolder:
         """How the run stands: running, completed, stopped_early, stopped, interrupted or failed.
 
         The first status other than running stays: a thread that gives up on the run may write it before the run does.
+        So does what a later start of the run has written, which this one must not speak for.
         """
         with self._outcome:
-            if self.writes and not self._ended:
+            later = status != "running" and self.read_outcome().get("start") != self.start_id
+            if self.writes and not self._ended and not later:
                 self._ended = status != "running"
                 write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
 

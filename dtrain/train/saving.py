@@ -11,7 +11,7 @@ from dtrain.checkpoint.background import BackgroundSave, SaveResult
 from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.checkpoint.store import CheckpointStore
-from dtrain.core.errors import CheckpointError
+from dtrain.core.errors import CheckpointError, Superseded
 from dtrain.data.ledger import Ledger
 from dtrain.engine.base import BaseEngine
 from dtrain.train.loop import LoopState
@@ -29,7 +29,7 @@ class RunSaver:
     """See `dtrain.train.loop.Saver`. Saves behind the training with `checkpoint.async`, else before it goes on.
 
     A save that fails is reported, leaves the earlier checkpoints as they are and is never counted as one;
-    `checkpoint.max_failed` of them in a row end the run with CheckpointError.
+    `checkpoint.max_failed` of them in a row end the run with CheckpointError, a later start of it at once.
     """
 
     config: CheckpointConfig
@@ -87,7 +87,7 @@ class RunSaver:
             return
         if result.commit is None:
             assert result.error is not None
-            if not isinstance(result.error, CheckpointError):
+            if not isinstance(result.error, CheckpointError) or isinstance(result.error, Superseded):
                 raise result.error
             self._failed += 1
             if self._failed >= self.config.max_failed:
