@@ -63,8 +63,8 @@ def damage(blobs: Blobs, file: CommitFile, on_bytes: Callable[[int], object] | N
         return f"{where} is missing"
     except CorruptFile:
         return f"{where} became shorter while it was read"
-    except OSError as error:
-        return f"{where} can't be read ({error.strerror or error})"
+    except (OSError, CheckpointError) as error:
+        return f"{where} can't be read ({error})"
     finally:
         if on_bytes is not None and done < file.bytes:
             on_bytes(file.bytes - done)
