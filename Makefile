@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint inputs clean
+.PHONY: bench-checkpoint demo test test-gpu lint inputs clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -22,6 +22,9 @@ test: inputs lint
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m cuda -rs
+
+bench-checkpoint: $(STAMP)
+	$(BIN)/python -m benchmarks.checkpoint --work runs/bench
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
