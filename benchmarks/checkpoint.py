@@ -138,7 +138,9 @@ def report(samples: Samples) -> int:
         {"lost_s": "throughput lost, %", "train_blocked_s": "step blocked, s"},
         percent,
     )
-    table(samples, "Resume at the same shape, files not cached", {"resume_s": "s", "resume_mb": "peak memory, MB a rank"})
+    table(
+        samples, "Resume at the same shape, files not cached", {"resume_s": "s", "resume_mb": "peak memory, MB a rank"}
+    )
     table(samples, "Elastic: 2 ranks, stage 1 -> 1 rank, stage 2", {"elastic_load_s": "s", "elastic_load_mb": "MB"})
     if "convert_s" in samples:
         print(f"\nDeepSpeed's conversion before it loads: {spread(samples['convert_s'])} s")

@@ -151,9 +151,7 @@ def elastic(comm: Comm, work: Path, repeats: int, total: float) -> Samples:
     return _loads(Training(comm, 2, 1), work, repeats, total, "elastic_load_s", names)
 
 
-def _loads(
-    training: Training, work: Path, repeats: int, total: float, key: str, names: tuple[str, ...]
-) -> Samples:
+def _loads(training: Training, work: Path, repeats: int, total: float, key: str, names: tuple[str, ...]) -> Samples:
     comm, samples = training.comm, defaultdict(list)
     made = {name: CONTENDERS[name](training, work / FOLDERS.get(name, "deepspeed")) for name in names}
     for _ in range(repeats):

@@ -62,9 +62,7 @@ class Training:
     def total(self) -> float:
         """Sum of the squares of all masters and moments over all ranks."""
         kinds = ("master", "exp_avg", "exp_avg_sq")
-        own = sum(
-            float((f.tensor.double().square().sum()).item()) for f in self.engine.fragments() if f.kind in kinds
-        )
+        own = sum(float((f.tensor.double().square().sum()).item()) for f in self.engine.fragments() if f.kind in kinds)
         return float(sum(self.comm.gather_json(own)))
 
     def forget(self) -> None:
