@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from benchmarks.ckpt_training import Training
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from benchmarks.ckpt_training import Training
 from dtrain.checkpoint.background import BackgroundSave
 from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.config import CheckpointConfig
@@ -95,6 +95,7 @@ class DeepSpeed:
             path, _ = engine.load_checkpoint(str(self._folder), tag="universal" if self._universal else "saved")
         assert path is not None
         if engine.optimizer is not None and not self._universal:  # the state that dtrain looks at was replaced
+            engine.optimizer._hp_optimizer_states_linked = False
             engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

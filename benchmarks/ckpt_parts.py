@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+
 from benchmarks.ckpt_contenders import CONTENDERS, clear, evict, plain_write
 from benchmarks.ckpt_training import Training
-
 from dtrain.core.comm import Comm
 
 __all__ = ["Samples", "elastic", "prepare", "resume", "throughput", "write"]
