@@ -9,8 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from benchmarks.ckpt_contenders import CONTENDERS, clear, evict, plain_write
 from benchmarks.ckpt_training import Training
 from dtrain.core.comm import Comm
@@ -61,27 +59,27 @@ def write(comm: Comm, work: Path, repeats: int) -> Samples:
         samples[f"memory_mb/{name}"].append(max(comm.gather_json(peak_rss() - before)))
         gc.collect()
     for _ in range(repeats):
+        settle(comm, work, work / "plain")
         samples["durable_s/plain"].append(timed(comm, lambda: plain_write(training, work / "plain")))
         for i, (name, saver) in enumerate(made.items()):
-            if "dtrain" not in name and comm.world.is_main:
-                clear(work / f"write-{i}")
-            if comm.world.is_main:
-                clear(work / "plain")
+            settle(comm, work, *([] if "dtrain" in name else [work / f"write-{i}"]))
             comm.barrier()
-            time.sleep(0.5)  # for what removing leaves to the disk
             began = time.perf_counter()
             samples[f"blocked_s/{name}"].append(timed(comm, saver.start))
             saver.finish()
             comm.barrier()
             samples[f"durable_s/{name}"].append(time.perf_counter() - began)
-            settle(work)
     return dict(samples)
 
 
-def settle(work: Path) -> None:
-    """Nobody pays for what the one before left unwritten."""
-    evict(work)
-    dist.barrier()
+def settle(comm: Comm, work: Path, *removed: Path) -> None:
+    """Remove folders, write out and forget the rest, so that nobody pays for what the one before left."""
+    comm.barrier()
+    if comm.world.is_main:
+        for folder in removed:
+            clear(folder)
+        evict(work)
+    comm.barrier()
 
 
 def throughput(comm: Comm, work: Path, rounds: int, window_s: float) -> Samples:
@@ -115,11 +113,9 @@ def throughput(comm: Comm, work: Path, rounds: int, window_s: float) -> Samples:
     before = window(None)
     for _ in range(rounds):
         for i, name in enumerate(TRAINED):
-            if "dtrain" not in name and comm.world.is_main:
-                clear(work / f"train-{i}")
-            settle(work)
+            settle(comm, work, *([] if "dtrain" in name else [work / f"train-{i}"]))
             took = window(name)
-            settle(work)
+            settle(comm, work)
             after = window(None)
             samples[f"lost_s/{name}"].append(took - (before + after) / 2)
             samples["idle_window_s"] += [before]
@@ -157,7 +153,7 @@ def _loads(training: Training, work: Path, repeats: int, total: float, key: str,
     for _ in range(repeats):
         for name, loader in made.items():
             training.forget()
-            settle(work)
+            settle(comm, work)
             peak_rss(reset=True)
             before = peak_rss()
             samples[f"{key}/{name}"].append(timed(comm, loader.load))
