@@ -19,9 +19,7 @@ __all__ = ["QUICK", "Training"]
 QUICK = os.environ.get("QUICK") == "1"
 #: BERT-base is transformers' default; QUICK=1 takes a model of a fifth of its size.
 SHAPE: Mapping[str, int] = (
-    {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    if QUICK
-    else {}
+    {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536} if QUICK else {}
 )
 _BATCH, _LENGTH = (4, 64) if QUICK else (2, 32)  # so that a step takes about a second
 

@@ -13,8 +13,9 @@ import dataclasses
 import datetime
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dtrain.checkpoint.ballot import Ballot
@@ -23,7 +24,7 @@ from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.journal import segment_path, write_link
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.checkpoint.source import ShardedSource
-from dtrain.checkpoint.tensorfile import write_tensors
+from dtrain.checkpoint.tensorfile import hash_file, write_tensors
 from dtrain.core import failpoints
 from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError
@@ -31,8 +32,6 @@ from dtrain.core.errors import CheckpointError
 __all__ = ["CheckpointStore", "superfluous"]
 
 log = logging.getLogger("dtrain")
-
-_CHUNK_BYTES = 8 << 20  # read and hashed at a time
 
 
 class CheckpointStore:
@@ -108,7 +107,9 @@ class CheckpointStore:
         Every rank reads its share of the files.
         """
         world = self._ballot.world
-        mine = [found for file in commit.files[world.rank :: world.size] if (found := self._damage(file))]
+        files = sorted(commit.files, key=lambda file: -file.bytes)  # so that big ones are shared evenly
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world.local_size)) as readers:
+            mine = [found for found in readers.map(self._damage, files[world.rank :: world.size]) if found]
         return [problem for part in self._ballot.gather(mine) for problem in part]
 
     def open(self, commit: Commit) -> ShardedSource:
@@ -219,21 +220,12 @@ class CheckpointStore:
             size = self.blobs.size(file.path)
             if size != file.bytes:
                 return f"{where} has {size} bytes, {file.bytes} were committed"
-            digest = hashlib.sha256()
-            for chunk in self._chunks(file.path, size):
-                digest.update(chunk)
+            digest = hash_file(self.blobs, file.path, size)
         except FileNotFoundError:
             return f"{where} is missing"
         except OSError as error:
             return f"{where} can't be read ({error.strerror or error})"
-        return "" if digest.hexdigest() == file.sha256 else f"the SHA-256 of {where} is not the committed one"
-
-    def _chunks(self, path: str, size: int) -> Iterator[memoryview]:
-        buffer = bytearray(min(size, _CHUNK_BYTES))
-        for start in range(0, size, _CHUNK_BYTES):
-            chunk = memoryview(buffer)[: min(_CHUNK_BYTES, size - start)]
-            self.blobs.read_into(path, start, chunk)
-            yield chunk
+        return "" if digest == file.sha256 else f"the SHA-256 of {where} is not the committed one"
 
     def _warn(self, problem: str) -> None:
         if self._ballot.world.is_main:

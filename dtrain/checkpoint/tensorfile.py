@@ -26,7 +26,7 @@ from dtrain.core.blobs import Blobs
 from dtrain.core.errors import CheckpointError
 from dtrain.core.state import Fragment
 
-__all__ = ["Entry", "bytes_of", "read_entries", "write_hashed", "write_tensors"]
+__all__ = ["Entry", "bytes_of", "hash_file", "read_entries", "write_hashed", "write_tensors"]
 
 VERSION = 2
 _CHUNK_BYTES = 8 << 20  # hashed and written at a time
@@ -74,6 +74,26 @@ def write_hashed(write: Callable[[memoryview], None], parts: Iterator[memoryview
                 hashed = hasher.submit(digest.update, chunk)
                 write(chunk)
                 hashed.result()
+    return digest.hexdigest()
+
+
+def hash_file(blobs: Blobs, path: str, size: int) -> str:
+    """SHA-256 hex digest of the first `size` bytes of a file; a second thread reads ahead of what is being hashed."""
+    digest, buffers = hashlib.sha256(), [bytearray(min(size, _CHUNK_BYTES)) for _ in range(2)]
+
+    def read(start: int) -> memoryview:
+        chunk = memoryview(buffers[start // _CHUNK_BYTES % 2])[: size - start]
+        blobs.read_into(path, start, chunk)
+        return chunk
+
+    with ThreadPoolExecutor(1, thread_name_prefix="dtrain-read") as reader:
+        ahead = reader.submit(read, 0)
+        for start in range(0, size, _CHUNK_BYTES):
+            chunk = ahead.result()
+            if start + _CHUNK_BYTES < size:
+                ahead = reader.submit(read, start + _CHUNK_BYTES)
+            digest.update(chunk)
+        ahead.result()  # an empty file's, for its errors
     return digest.hexdigest()
 
 
