@@ -30,7 +30,18 @@ setup(
     ],
     extras_require={
         "sentence-transformers": ["sentence-transformers"],
-        "dev": ["mypy", "pytest", "ruff", "sentence-transformers", "types-PyYAML", "types-tqdm"],
+        "s3": ["s3fs"],
+        "dev": [
+            "boto3",
+            "moto[server]",
+            "mypy",
+            "pytest",
+            "ruff",
+            "s3fs",
+            "sentence-transformers",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
     },
     entry_points={"console_scripts": ["dtrain=dtrain.cli.main:main"]},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,17 +21,15 @@ ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}, by a te
 
 @dataclass
 class Fault:
-    """An answer with `status` for `times` requests that `matches` (method, path, query); -1: for all of them.
-
-    `lost`: the server does what was asked first, and only its answer is lost. `fired` counts.
-    """
+    """An error for the first `times` requests that `matches` (method, path, query); -1: for all of them."""
 
     matches: Callable[[str, str, str], bool]
     status: int = 503
     code: str = "SlowDown"
     times: int = -1
-    lost: bool = False
-    fired: int = 0
+    lost: bool = False  # the server does what was asked first; only its answer is lost
+    torn: bool = False  # the answer is the right one, but breaks off halfway
+    fired: int = 0  # how often it came
 
 
 @dataclass
@@ -42,17 +41,18 @@ class S3Server:
     client: Any  # boto3's, to look past the code under test
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path and query of each
-    ignore_conditions: bool = False  # do as servers do that know nothing of If-None-Match
+    ignore: tuple[str, ...] = ()  # headers that it takes no notice of, as some servers do
 
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}"
 
-    def uploads(self) -> list[str]:
-        """Keys of the unfinished multipart uploads."""
-        return [upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])]
+    def uploads(self) -> list[tuple[str, str]]:
+        """Key and id of the unfinished multipart uploads."""
+        found = self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", [])
+        return [(upload["Key"], upload["UploadId"]) for upload in found]
 
-    def keys(self) -> list[str]:
+    def objects(self) -> list[str]:
         return [entry["Key"] for entry in self.client.list_objects_v2(Bucket=self.bucket).get("Contents", [])]
 
 
@@ -67,33 +67,24 @@ class _Faulty:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         with self.lock:
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            environ["wsgi.input"] = _Body(body)
+            environ["wsgi.input"] = io.BytesIO(body)
             request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
             fault = None
             if self.server is not None:
                 self.server.requests.append(request)
-                if self.server.ignore_conditions:
-                    environ.pop("HTTP_IF_NONE_MATCH", None)
+                for name in self.server.ignore:
+                    environ.pop(f"HTTP_{name.upper().replace('-', '_')}", None)
                 fault = next((f for f in self.server.faults if f.fired != f.times and f.matches(*request)), None)
             if fault is None:
                 return list(self.app(environ, start_response))
             fault.fired += 1
+            if fault.torn:  # its Content-Length promises more
+                content = b"".join(self.app(environ, start_response))
+                return [content[: len(content) // 2]]
             if fault.lost:
                 list(self.app(environ, lambda *_: None))
             start_response(f"{fault.status} Fault", [("Content-Type", "application/xml")])
             return [ERROR.format(code=fault.code).encode()]
-
-
-class _Body:
-    """A request's body, read already."""
-
-    def __init__(self, content: bytes) -> None:
-        import io
-
-        self._file = io.BytesIO(content)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 @contextlib.contextmanager

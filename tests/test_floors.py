@@ -25,6 +25,11 @@ ONLY_IN = {
     "ray": ("dtrain/orchestrate/", "dtrain/serve/"),
     "webdataset": ("dtrain/data/shards.py",),
     "omegaconf": ("dtrain/core/config.py",),
+    "fsspec": ("dtrain/data/sources.py",),  # inputs, from wherever it reaches
+    "s3fs": ("dtrain/core/s3_calls.py",),
+    "botocore": ("dtrain/core/s3_calls.py",),
+    "aiobotocore": (),
+    "boto3": (),
     "pickle": (),
     "dill": (),
     "cloudpickle": (),

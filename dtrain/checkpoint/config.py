@@ -11,10 +11,11 @@ __all__ = ["CheckpointConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """Where checkpoints go, how, and which stay."""
+    """Where checkpoints go, how, which stay, and how long a run that is asked to stop may take for its last one."""
 
     path: str = ""  # folder or s3://bucket/prefix; empty: `checkpoints` in the run folder
     async_: bool = False  # `checkpoint.async`: hash and write behind the training; a step pays for a copy in memory
+    grace_s: float = 300.0  # seconds from a stop signal to the end; less than what the scheduler waits before SIGKILL
     timeout_s: float = 600.0  # a rank that takes so much longer than rank 0 to write its part fails the save
     max_failed: int = 3  # failed saves in a row that end the run; the last save of a run must succeed
     weights_every: int = 0  # steps between weights-only checkpoints, for evaluation; 0: none
@@ -23,11 +24,15 @@ class CheckpointConfig:
     keep_weights: int = 0  # newest weights-only checkpoints to keep; 0: all
 
     def __post_init__(self) -> None:
-        for name, low in (("max_failed", 1), ("weights_every", 0), ("keep_last", 1), ("keep_every", 0)):
+        for name, low in (
+            ("max_failed", 1),
+            ("weights_every", 0),
+            ("keep_last", 1),
+            ("keep_every", 0),
+            ("keep_weights", 0),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be at least {low}")
-        if self.keep_weights < 0 or self.timeout_s <= 0:
-            raise ConfigError(
-                f"checkpoint.keep_weights={self.keep_weights} must not be below 0, and "
-                f"checkpoint.timeout_s={self.timeout_s:g} must be above"
-            )
+        for name in ("grace_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be above 0 seconds")

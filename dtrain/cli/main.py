@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from dtrain.core.errors import ConfigError, DataError, DtrainError
+from dtrain.core.errors import ConfigError, DataError, DtrainError, Interrupted
 from dtrain.core.world import World
 
 __all__ = ["main", "run"]
@@ -22,12 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Callable[[], int]) -> int:
     """Run a command; print an error the user can act on instead of a traceback and give its exit code.
 
-    0 done, 1 other error, 2 config, 3 data, 4 checkpoint, 5 training, 6 export, 130 interrupted.
+    0 done, 1 other error, 2 config, 3 data, 4 checkpoint, 5 training, 6 export, 75 a training stopped as asked, with a
+    checkpoint, 76 it was not there in the time it had, 130 interrupted.
     """
     rank = os.environ.get("RANK", "0")
     who = "dtrain" if rank == "0" else f"dtrain [rank {rank}]"
     try:
         return command()
+    except Interrupted as stop:
+        if rank == "0":
+            print(f"{who}: {stop}", file=sys.stderr, flush=True)
+        return stop.exit_code
     except DtrainError as error:
         print(f"{who}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -68,6 +73,11 @@ def _dispatch(argv: list[str]) -> int:
     train.add_argument("overrides", nargs="*", default=[])
     train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory; do nothing")
     train.set_defaults(function=_train)
+
+    stop = commands.add_parser("stop", help="have a running training save and end, whatever started it")
+    stop.add_argument("run", help="run folder")
+    stop.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for it (default 600)")
+    stop.set_defaults(function=_stop)
 
     evaluate = commands.add_parser("evaluate", help="rank the test split, with baselines, and write the report")
     evaluate.add_argument("run", help=f"run folder, {overridable}")
@@ -116,6 +126,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from dtrain.cli.train import train
 
     return train(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from dtrain.cli.stop import stop_run
+
+    return stop_run(arguments.run, arguments.timeout)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -6,26 +6,41 @@ import os
 from collections.abc import Sequence
 
 from dtrain.core.config import dump_yaml, load_config
+from dtrain.core.errors import Stopped
 from dtrain.core.world import World
-from dtrain.train.config import RunConfig
 
 __all__ = ["train"]
 
 
 def train(config_path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
-    """Train, or say what would be trained. Returns the exit code; errors are raised."""
+    """Train, or say what would be trained. Returns the exit code; errors are raised.
+
+    Raises Stopped on every rank when the run was asked to stop and has saved.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks already share the cores
-    config = load_config(RunConfig, config_path, overrides)
-    world = World.from_env()
     if dry_run:
-        from dtrain.train.dryrun import describe_run
+        return _describe(config_path, overrides)
+    from dtrain.train.stopflag import StopFlag
 
-        if world.is_main:
-            print(dump_yaml(config.completed()), describe_run(config.completed(), world), sep="\n")
-        return 0
-    from dtrain.train.job import run_job
+    stop = StopFlag()
+    with stop.listening():  # before the seconds of import that follow
+        from dtrain.train.config import RunConfig
+        from dtrain.train.job import run_job
 
-    status = run_job(config, world)
+        config, world = load_config(RunConfig, config_path, overrides), World.from_env()
+        status = run_job(config, world, stop)
+    if status == "stopped":
+        raise Stopped(f"{config.run}: stopped as asked; the same command goes on from there")
     if world.is_main:
         print(f"{status.replace('_', ' ')}: {config.run}; next: dtrain evaluate {config.run}")
+    return 0
+
+
+def _describe(config_path: str, overrides: Sequence[str]) -> int:
+    from dtrain.train.config import RunConfig
+    from dtrain.train.dryrun import describe_run
+
+    config, world = load_config(RunConfig, config_path, overrides), World.from_env()
+    if world.is_main:
+        print(dump_yaml(config.completed()), describe_run(config.completed(), world), sep="\n")
     return 0

@@ -92,12 +92,14 @@ class Comm:
         return np.unique(np.concatenate([np.frombuffer(p, dtype=np.int64) for p in self.gather_bytes(own.tobytes())]))
 
     def mailbox(self, name: str) -> Store | None:
-        """A key-value store that all ranks share, over a connection of its own, so that waiting on it disturbs no
+        """A new key-value store that all ranks share, over a connection of its own, so that waiting on it disturbs no
         collective and no other thread. None where this rank is alone.
         """
         if self.world.size == 1:
             return None
-        return PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        nth = store.add(f"mailboxes/{name}/{self.world.rank}", 1)  # equal on all ranks, who make the same calls
+        return PrefixStore(f"{name}/{nth}", store)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

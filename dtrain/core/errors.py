@@ -8,7 +8,10 @@ DtrainError                 exit code 1
 |  `- StateMismatch         4   a checkpoint or model that belongs to other data, tokenizer or config
 |- TrainError               5   a run that can't go on (non-finite losses, a lost rank)
 |- ExportError              6   an export that does not reproduce the run
-`- Interrupted              130 Ctrl-C or a stop signal
+`- Interrupted              130 Ctrl-C, at once: a second one where the first asked a training to stop
+   |- Stopped               75  asked to stop (signal or `dtrain stop`), saved and ended; EX_TEMPFAIL of sysexits.h:
+   |                            the same command goes on from there
+   `- StopOverdue           76  asked to stop, but not there within checkpoint.grace_s (or `dtrain stop --timeout`)
 
 A message names the thing, its value, the rule it breaks and the fix, in that order.
 """
@@ -24,6 +27,8 @@ __all__ = [
     "ExportError",
     "Interrupted",
     "StateMismatch",
+    "StopOverdue",
+    "Stopped",
     "TrainError",
 ]
 
@@ -64,3 +69,11 @@ class ExportError(DtrainError):
 
 class Interrupted(DtrainError):
     exit_code = 130
+
+
+class Stopped(Interrupted):
+    exit_code = 75
+
+
+class StopOverdue(Interrupted):
+    exit_code = 76

@@ -84,9 +84,7 @@ class LocalBlobs:
             while done < len(view):
                 count = os.preadv(file.fileno(), [view[done:]], offset + done)  # at most 2 GiB at a time
                 if not count:
-                    raise CorruptFile(
-                        f"{file.name} ends at byte {offset + done}; {len(view)} bytes from {offset} on were asked for"
-                    )
+                    raise CorruptFile(f"{file.name} is shorter than the {offset + len(view)} bytes asked for")
                 done += count
 
     def size(self, path: str) -> int:
@@ -94,7 +92,7 @@ class LocalBlobs:
 
     def names(self, folder: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self._path(folder)) if not is_temporary(name))
+            return sorted(name for name in os.listdir(self._below(folder)) if not is_temporary(name))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -108,12 +106,15 @@ class LocalBlobs:
             fsync_dir(target.parent)
 
     def clean(self, path: str) -> None:
-        for folder, _, files in os.walk(self._path(path)):
+        for folder, _, files in os.walk(self._below(path)):
             for name in filter(is_temporary, files):
                 Path(folder, name).unlink(missing_ok=True)
 
     def _path(self, path: str) -> Path:
         return self.root / checked_path(path)
+
+    def _below(self, folder: str) -> Path:
+        return self._path(folder) if folder else self.root
 
     def _sync_folders(self, folder: Path) -> None:
         """Make `folder` and its place below the root durable, whoever made the folders in between."""

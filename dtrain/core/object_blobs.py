@@ -16,16 +16,17 @@ from dtrain.core.errors import CheckpointError, ConfigError, CorruptFile
 from dtrain.core.s3_calls import S3Calls, S3Refused
 from dtrain.core.storage import checked_path, is_temporary, temporary_name
 
-__all__ = ["ObjectBlobs"]
+__all__ = ["ObjectBlobs", "part_bytes"]
 
 MIB = 1 << 20
 PART = 32 * MIB  # bytes of an upload's first parts; S3 takes at least 5 MiB, and 10,000 parts
-PARTS_ALIKE = 1000  # so many parts have one size, then it grows: 10,000 parts hold 1.8 TB
+PARTS_ALIKE = 1000  # so many parts have one size (some servers want that), then it grows: 10,000 parts hold 1.8 TB
 IN_FLIGHT = 3  # parts that are under way while the next one fills
 RANGE = 16 * MIB  # bytes of a part of a download
 RANGES = 8  # of them under way at once
 COPY = MIB  # bytes copied without a chance for other threads to run
 CONFLICTS = 8  # times that a conditional write that met another is tried
+CONFLICT_S = 0.05  # seconds before the second time, at most; doubled from time to time
 WRITER = "dtrain-writer"  # metadata by which a writer knows its own file again
 
 
@@ -52,10 +53,11 @@ class ObjectBlobs:
         return self._url
 
     def create(self, path: str, content: bytes) -> bool:
+        key = self._key(path)
         if not self._creates:
             self._try_creation()
             self._creates = True
-        return self._put_if_absent(self._key(path), content)
+        return self._put_if_absent(key, content)
 
     @contextlib.contextmanager
     def write(self, path: str) -> Iterator[_Upload]:
@@ -88,10 +90,7 @@ class ObjectBlobs:
                 start, future = waiting.pop(0)
                 content, stop = future.result(), min(start + RANGE, len(view))
                 if len(content) != stop - start:
-                    raise CorruptFile(
-                        f"{self._url}/{path} ends at byte {offset + start + len(content)}; {len(view)} bytes from "
-                        f"{offset} on were asked for"
-                    )
+                    raise CorruptFile(f"{self._url}/{path} is shorter than the {offset + len(view)} bytes asked for")
                 view[start:stop] = content
         finally:
             for _, future in waiting:
@@ -156,7 +155,7 @@ class ObjectBlobs:
                     return _is_ours(self._s3, key, writer)
                 if error.status != 409:  # 409: another write to the key is under way, and nobody has won yet
                     raise
-            time.sleep(random.uniform(0, 0.05 * 2**tried))  # noqa: S311 (nothing secret)
+            time.sleep(random.uniform(0, CONFLICT_S * 2**tried))  # noqa: S311 (nothing secret)
         raise CheckpointError(f"{self._url}: {key} stayed in conflict with other writers {CONFLICTS} times; resume")
 
     def _try_creation(self) -> None:
@@ -168,14 +167,17 @@ class ObjectBlobs:
             if error.status != 501:
                 raise
             honoured = False
-        finally:
-            with contextlib.suppress(CheckpointError):  # an empty object may stay; the error that matters must go on
-                self._s3.call("delete_object", Key=key)
+        self._s3.call("delete_object", Key=key)
         if not honoured:
             raise CheckpointError(
                 f"{self._url}: the server does not honour If-None-Match when an object is put, so that two starts of a "
                 "run could overwrite each other's commit records; update the server, or keep checkpoints in a folder"
             )
+
+
+def part_bytes(index: int) -> int:
+    """Bytes of part `index` (from 0) of an upload."""
+    return PART * (1 + index // PARTS_ALIKE)
 
 
 class _Upload:
@@ -194,7 +196,7 @@ class _Upload:
             return
         view, done = view.cast("B"), 0
         while done < len(view):
-            room = PART * (1 + len(self._parts) // PARTS_ALIKE) - self._filling.tell()
+            room = part_bytes(len(self._parts)) - self._filling.tell()
             if not room:
                 self._send()
                 continue

@@ -65,8 +65,8 @@ def is_temporary(name: str) -> bool:
 
 
 def checked_path(path: str) -> str:
-    """`path`, if it is relative and stays below where it starts; else CheckpointError. "" is the start itself."""
-    if path and not all(part not in ("", ".", "..") for part in path.split("/")):
+    """`path`, if it is relative and leads below where it starts; else CheckpointError."""
+    if not all(part not in ("", ".", "..") for part in path.split("/")):
         raise CheckpointError(
             f'{path!r} is no path inside a checkpoint folder: parts may not be empty, "." or ".."; if it comes from a '
             "commit record, that is damaged"

@@ -126,22 +126,26 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(table: pa.Table, plan: Plan) -> Audit:
-    """Check a ledger (from step 0 on) against the plan, and, without the plan, that epochs hold each sample once.
+def audit(table: pa.Table, plan: Plan, until: int | None = None) -> Audit:
+    """Check the steps of a ledger from the plan's origin up to `until` (default: its last one, included) against the
+    plan, and, without the plan, that epochs hold each sample once.
 
     The second check counts: after c samples of a platform with n, each was consumed c // n times or once more.
     """
+    at = table.column("step")
+    if until is None:
+        until = (pc.max(at).as_py() or 0) + 1 if table.num_rows else plan.origin
+    table = table.filter(pc.and_(pc.greater_equal(at, plan.origin), pc.less(at, until)))
     step_B, shard_B, row_B = (table.column(name).to_numpy() for name in ("step", "shard", "row"))
     platform_B = pc.index_in(table.column("platform"), pa.array(plan.platforms)).fill_null(-1).to_numpy()
     steps, first = np.unique(step_B, return_index=True)
     parts = [np.split(a, first[1:]) for a in (platform_B, shard_B, row_B)]
     wrong = [step for step, *part in zip(steps.tolist(), *parts) if not _is_plan(plan, step, *part)]
-    end = int(steps[-1]) + 1 if steps.size else 0
     platforms = {
         name: _audit_platform(plan, name, shard_B[platform_B == i], row_B[platform_B == i])
         for i, name in enumerate(plan.platforms)
     }
-    missing = tuple(np.setdiff1d(np.arange(end), steps).tolist())
+    missing = tuple(np.setdiff1d(np.arange(plan.origin, until), steps).tolist())
     return Audit(steps=steps.size, missing_steps=missing, wrong_steps=tuple(wrong), platforms=platforms)
 
 

@@ -134,10 +134,13 @@ class _Epoch:
 class Plan:
     """The samples, contrast blocks and negatives of any step, at the same cost for every step.
 
+    `origin` is the optimizer step that the plan begins at (see `dtrain/data/eras.py`): its first batch is that of step
+    `origin`, and the mixture's segments count from there.
+
     Raises ConfigError when `mixture` is not over the manifest's platforms, DataError for a platform without samples.
     """
 
-    def __init__(self, manifest: Manifest, mixture: Mixture, config: PlanConfig) -> None:
+    def __init__(self, manifest: Manifest, mixture: Mixture, config: PlanConfig, origin: int = 0) -> None:
         if mixture.platforms != tuple(manifest.platforms):
             raise ConfigError(
                 f"mixture over {', '.join(mixture.platforms)}: the run's platforms are "
@@ -146,21 +149,22 @@ class Plan:
         for name, platform in manifest.platforms.items():
             if platform.train_samples < 1:
                 raise DataError(f"platform {name}: no training samples; leave it out of the run")
-        self.manifest, self.mixture, self.config = manifest, mixture, config
+        self.manifest, self.mixture, self.config, self.origin = manifest, mixture, config, origin
         self.platforms = mixture.platforms
         self._entries: tuple[PlatformManifest, ...] = tuple(manifest.platforms.values())
         self._samples_P = np.array([p.train_samples for p in self._entries], np.int64)
         self._epoch = lru_cache(maxsize=2 * len(self._entries) + 2)(self._make_epoch)
 
     def epochs(self, step: int) -> np.ndarray:
-        """float64 [P]: how many epochs of each platform the steps before `step` make up."""
-        return np.asarray(self.mixture.counts(step, self.config.samples) / self._samples_P)
+        """float64 [P]: how many epochs of each platform the plan's steps before `step` make up."""
+        return np.asarray(self.mixture.counts(step - self.origin, self.config.samples) / self._samples_P)
 
     def step(self, step: int) -> StepPlan:
-        """The plan of step `step` (from 0)."""
-        begin_P = self.mixture.counts(step, self.config.samples)
-        end_P = self.mixture.counts(step + 1, self.config.samples)
-        seed = seed_of(self.config.seed, "step", step)
+        """The plan of optimizer step `step` (from `origin`)."""
+        own = step - self.origin
+        begin_P = self.mixture.counts(own, self.config.samples)
+        end_P = self.mixture.counts(own + 1, self.config.samples)
+        seed = seed_of(self.config.seed, "step", own)
         shard_B, row_B = self._samples(begin_P, end_P)
         count_P = end_P - begin_P
         block_P = -(-count_P // self.config.block_samples)  # blocks of a platform, of nearly one size

@@ -1,15 +1,14 @@
-"""The config of a training run: every section in one place, and which of them a resumed run may not change."""
+"""The config of a training run: every section in one place, and what one takes from another."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from dtrain.batches.config import BatchConfig
 from dtrain.checkpoint.config import CheckpointConfig
-from dtrain.core.config import nearest, to_dict
-from dtrain.core.errors import ConfigError, StateMismatch
+from dtrain.core.config import nearest
+from dtrain.core.errors import ConfigError
 from dtrain.data.mixture import MixtureConfig
 from dtrain.data.plan import PlanConfig
 from dtrain.data.stream import StreamConfig
@@ -17,7 +16,7 @@ from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dtrain.model.config import ModelConfig, ObjectiveConfig
 from dtrain.train.evaluate import EvaluateConfig
 
-__all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig", "check_binding"]
+__all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig"]
 
 TASKS = ("recommend", "rank")
 
@@ -51,6 +50,8 @@ class TrainConfig:
     task: str = "recommend"  # recommend: retriever with InfoNCE; rank: cross-encoder with binary cross-entropy
     steps: int = 1000  # optimizer steps
     resume: str = "auto"  # auto: from the newest whole checkpoint of the run folder; never: refuse a used folder
+    resume_data: str = "same"  # same: refuse changed data or settings; continue: take them from here on; restart: begin
+    # the data again too. docs/checkpoints.md says which setting may change how
     log_every: int = 10  # steps between log lines
     valid_every: int = 200  # steps between validations; 0: at the end only
     valid_users: int = 0  # users of each platform to validate on, a fixed random sample; 0: all
@@ -65,6 +66,7 @@ class TrainConfig:
         for key, allowed in (
             ("task", TASKS),
             ("resume", ("auto", "never")),
+            ("resume_data", ("same", "continue", "restart")),
             ("aggregate", ("macro", "worst")),
             ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")),
         ):
@@ -115,26 +117,3 @@ class RunConfig:
         if self.schedule.total_steps:
             return self
         return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, total_steps=self.train.steps))
-
-    def binding(self) -> dict[str, Any]:
-        """The keys that decide what step n computes; a resumed run must have the same."""
-        whole = to_dict(self)
-        keep = {key: whole[key] for key in ("plan", "mixture", "model", "objective", "optimizer", "schedule")}
-        keep["batch"] = {k: v for k, v in whole["batch"].items() if k not in ("accumulation", "text_buckets")}
-        keep["train"] = {k: whole["train"][k] for k in ("task", "metric", "aggregate")}
-        keep["data"] = {"platforms": whole["data"]["platforms"]}
-        keep["model"]["encoder"] = {k: v for k, v in whole["model"]["encoder"].items() if k in ("pooling", "dropout")}
-        return keep
-
-
-def check_binding(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
-    """Raise StateMismatch naming the first binding key whose value differs."""
-    for key in sorted({*saved, *now}):
-        name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_binding(old, new, f"{name}.")
-        elif old != new:
-            raise StateMismatch(
-                f"{name}: the checkpoint has {old!r}, this config {new!r}; it decides what a step computes and can't "
-                "change within a run. Restore it, or start another run with run=OTHER_FOLDER"
-            )

@@ -21,7 +21,6 @@ from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
 from dtrain.data.mixture import Mixture
-from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
 from dtrain.data.stream import Stream
 from dtrain.engine.base import BaseEngine
@@ -29,13 +28,14 @@ from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.recommender import Recommender
-from dtrain.train.config import RunConfig, check_binding
-from dtrain.train.loop import Loop, LoopState
-from dtrain.train.open import check_fingerprints, open_store
+from dtrain.train.config import RunConfig
+from dtrain.train.loop import Loop
+from dtrain.train.open import open_store
+from dtrain.train.resume import go_on
 from dtrain.train.runfolder import RunFolder, open_log, versions
 from dtrain.train.saving import RunSaver
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
-from dtrain.train.stopping import Stopping
+from dtrain.train.stopflag import StopFlag
 from dtrain.train.validation import validator
 
 __all__ = ["run_job", "set_threads"]
@@ -45,27 +45,38 @@ log = logging.getLogger("dtrain")
 _CACHED_BLOCKS = 2048  # of each platform; memory-mapped, so they cost address space and no memory of their own
 
 
-def run_job(config: RunConfig, world: World) -> str:
+def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> str:
     """Train `config` to its end, from the newest whole checkpoint of its run folder where there is one.
 
-    Every rank calls it. Returns "completed" or "stopped_early"; `outcome.json` says the same, or how it failed.
-    Raises DtrainError.
+    Every rank calls it. Returns "completed", "stopped_early" (by early stopping) or "stopped" (when asked to, at the
+    same step on every rank, with a checkpoint); `outcome.json` says the same, or how it failed. `stop` brings signals,
+    when its owner listens to them. Raises DtrainError.
     """
     config = config.completed()
+    stop = stop or StopFlag()
     set_threads(config, world)
     folder = RunFolder(config.run, writes=world.is_main)
     open_log(folder, world.rank)
     began = time.time()
+    before = folder.read_outcome()
+    folder.begin()
+    stop.watch(folder, config.checkpoint.grace_s)
     try:
         with connect(world, timeout_s=config.dist.timeout_s) as comm:
-            return _run(config, comm, folder, began)
+            folder.start_id = comm.gather_json(folder.start_id)[0]
+            log.info("start %s of %s on %d ranks", folder.start_id, folder.path, world.size)
+            return _run(config, comm, folder, began, before, stop)
     except (DtrainError, OSError, RuntimeError) as error:
+        if reason := stop.stopped_at_start():
+            folder.outcome("stopped", signal=reason)
+            return "stopped"
         folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=round(time.time() - began, 1))
         raise
     except KeyboardInterrupt:
         folder.outcome("interrupted", wall_s=round(time.time() - began, 1))
         raise
     finally:
+        stop.close()
         folder.close()
 
 
@@ -75,29 +86,20 @@ def set_threads(config: RunConfig, world: World) -> None:
     torch.set_num_threads(config.dist.threads or max(1, cores // world.local_size))
 
 
-def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
+def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before: dict[str, Any], stop: StopFlag) -> str:
     store = open_store(folder.path, config, comm)
     commit = _commit_to_resume(config, store)
     inputs = open_inputs(config, comm)
-    mixture = Mixture.make(config.mixture, {n: p.train_samples for n, p in inputs.manifest.platforms.items()})
-    state = LoopState(stopping=Stopping(patience=config.train.patience))
-    if commit is not None:
-        check_binding(commit.state["binding"], config.binding())
-        check_fingerprints(commit.fingerprints, inputs.fingerprints())
-        mixture = Mixture.from_json(commit.state["mixture"])
-        state.restore(commit.state["loop"])
+    run = go_on(config, inputs, commit, comm.world)
+    state, began_at = run.loop, run.loop.step
     _check_world(config, comm.world)
     engine = _engine(config, inputs, comm, store, commit)
-    folder.drop_lines_after(state.step)
-    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, mixture))
+    folder.drop_lines_after(state.step, state.validated)
+    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture))
     _keep_encoder(folder, inputs, engine)
-    before, began_at = folder.read_outcome(), state.step
-    folder.outcome("running", step=state.step)
-    if commit is not None:
-        log.info("resuming from the checkpoint of step %d", state.step)
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
-    saver = RunSaver(config, inputs.fingerprints(), mixture, engine, store, ledger, commit.ledger if commit else None)
-    plan = Plan(inputs.manifest, mixture, config.plan)
+    saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
+    plan = run.eras.current.make_plan(inputs.manifest)
     readers = {name: ShardReader(inputs.manifest, name, cached_blocks=_CACHED_BLOCKS) for name in inputs.platforms}
     with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
         loop = Loop(
@@ -113,12 +115,13 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
             saver=saver,
             folder=folder,
             state=state,
+            stop=stop,
         )
         status = loop.run()
-    stopping = state.stopping
-    if state.step == began_at and before.get("status") == status:
+    if state.step == began_at and before.get("status") == status != "stopped":
         folder.outcome(**before)  # it had ended before: what it took stays on record
         return status
+    stopping = state.stopping
     folder.outcome(
         status,
         step=state.step,
@@ -127,7 +130,9 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float) -> str:
         metric=f"{config.train.aggregate} {config.train.metric}",
         skipped=engine.state()["skipped"],
         wall_s=round(time.time() - began, 1),
+        **({"signal": stop.agreed} if status == "stopped" else {}),
     )
+    comm.barrier()  # a launcher ends the other ranks when one exits with an error code: none does before this is there
     return status
 
 

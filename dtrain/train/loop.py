@@ -21,6 +21,7 @@ from dtrain.engine.protocol import Engine, StepResult
 from dtrain.train.config import TrainConfig
 from dtrain.train.meter import Meter
 from dtrain.train.runfolder import RunFolder
+from dtrain.train.stopflag import StopFlag
 from dtrain.train.stopping import Stopping, aggregate
 
 __all__ = ["Loop", "LoopState", "Saver"]
@@ -33,20 +34,26 @@ class LoopState:
     """What the loop itself must remember to go on: part of every checkpoint."""
 
     step: int = 0  # optimizer steps consumed
+    validated: int = 0  # step of the last validation; a stop may come between a step and its validation
     skipped_in_a_row: int = 0
     stopping: Stopping = field(default_factory=lambda: Stopping(patience=0))
+    meter: dict[str, Any] | None = None  # what the unfinished window of the log has added up, when last saved
 
     def to_json(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "validated": self.validated,
             "skipped_in_a_row": self.skipped_in_a_row,
             "stopping": self.stopping.to_json(),
+            "meter": self.meter,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.step = int(saved["step"])
+        self.validated = int(saved["validated"])
         self.skipped_in_a_row = int(saved["skipped_in_a_row"])
         self.stopping = self.stopping.resumed(saved["stopping"])
+        self.meter = saved["meter"]
 
 
 class Saver(Protocol):
@@ -70,7 +77,8 @@ class Loop:
     """Steps from `state.step` to `config.steps`, with logging, validation, early stopping and checkpoints.
 
     `collate` turns the stream's samples into a batch; `validate` ranks the valid split and gives metrics per
-    platform. All of them are collective calls.
+    platform. All of them are collective calls. Asked to stop, the run ends between two steps with a checkpoint, and the
+    next start of it makes up for a validation that was due then.
     """
 
     config: TrainConfig
@@ -85,13 +93,17 @@ class Loop:
     saver: Saver
     folder: RunFolder
     state: LoopState
+    stop: StopFlag
     _meter: Meter = field(init=False)
     _began: float = field(default_factory=time.perf_counter)
     _saved_step: int = field(init=False)
 
     def run(self) -> str:
-        """Returns "completed" or "stopped_early". The last step is validated and saved in any case."""
+        """Returns "completed", "stopped_early" or "stopped". The last step is saved in any case, and validated unless
+        the run was asked to stop."""
         self._meter = Meter(self.platforms)
+        if self.state.meter is not None:
+            self._meter.resume(self.state.meter, self.comm)
         self._saved_step = self.state.step  # a run that was at its end already has nothing new to save
         with tqdm(
             total=self.config.steps,
@@ -100,12 +112,21 @@ class Loop:
             disable=not self.comm.world.is_main,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds; a file or a job's log needs no animation
         ) as bar:
-            while self.state.step < self.config.steps and not self.state.stopping.stopped:
+            self.stop.begin()
+            if self.state.step > 0 and self._validation_due():
+                self._validate_and_save()
+            while not (self.stop.agree(self.comm) or self._ended):
                 self._step(bar)
         if self._saved_step != self.state.step:
-            self.saver.save(self.state, False)
+            self._save(False)
         self.saver.finish()
+        if self.stop.agreed and (self._validation_due() or not self._ended):
+            return "stopped"
         return "stopped_early" if self.state.stopping.stopped else "completed"
+
+    @property
+    def _ended(self) -> bool:
+        return self.state.step >= self.config.steps or self.state.stopping.stopped
 
     def _step(self, bar: tqdm[Any]) -> None:
         asked = time.perf_counter()
@@ -121,14 +142,29 @@ class Loop:
         bar.update()
         if self._due(self.config.log_every):
             self._log(result, bar)
-        improved = self._validate() if self._due(self.config.valid_every) else False
-        if improved or self._due(self.config.checkpoint_every):
-            self.saver.save(self.state, improved)
-            self._saved_step = self.state.step
-            self._meter.restart()
-        elif self.weights_every > 0 and self.state.step % self.weights_every == 0:
+        # Asked while the step ran: what else is due now may take minutes, which the one who asked may not give us.
+        slow = self._validation_due() or self._due(self.config.checkpoint_every)
+        if slow and not self.stop.agree(self.comm):
+            self._validate_and_save()
+        if self.weights_every > 0 and self.state.step % self.weights_every == 0 and self._saved_step != self.state.step:
             self.saver.save_weights(self.state)
             self._meter.restart()
+
+    def _validation_due(self) -> bool:
+        return self._due(self.config.valid_every) and self.state.validated < self.state.step
+
+    def _validate_and_save(self) -> None:
+        improved = self._validate() if self._validation_due() else False
+        if improved or self._due(self.config.checkpoint_every):
+            self._save(improved)
+
+    def _save(self, improved: bool) -> None:
+        if improved or self._due(self.config.checkpoint_every):
+            self._meter.restart()  # but a checkpoint that a stop brought about must not cut the log's window
+        self.state.meter = self._meter.to_json(self.comm)
+        self.saver.save(self.state, improved)
+        self._saved_step = self.state.step
+        self._meter.restart()
 
     def _due(self, every: int) -> bool:
         return self.state.step == self.config.steps or (every > 0 and self.state.step % every == 0)
@@ -168,6 +204,7 @@ class Loop:
         macro, worst = aggregate(values, "macro"), aggregate(values, "worst")
         before = self.state.stopping
         self.state.stopping = before.after(macro if self.config.aggregate == "macro" else worst, self.state.step)
+        self.state.validated = self.state.step
         self.folder.log(
             self.state.step,
             {"valid": {**metrics, "macro": {name: macro}, "worst": {name: worst}}},

@@ -65,6 +65,23 @@ class Meter:
         self.restart()
         return line
 
+    def to_json(self, comm: Comm) -> dict[str, Any]:
+        """What the window has added up, but for its times: for a checkpoint inside it. A collective call."""
+        return {
+            "local": comm.sum(self._local).tolist(),
+            "loss": self._loss_P.tolist(),
+            "weight": self._weight_P.tolist(),
+            "skipped": self._skipped,
+        }
+
+    def resume(self, saved: dict[str, Any], comm: Comm) -> None:
+        """Go on in the window of `saved`, so that its line says what an unbroken run's would. Times count from now."""
+        self.restart()
+        self._local += np.array(saved["local"]) if comm.world.is_main else 0.0
+        self._loss_P += saved["loss"]
+        self._weight_P += saved["weight"]
+        self._skipped = int(saved["skipped"])
+
     def restart(self) -> None:
         """Begin a new window now, so that validation and checkpoints do not count as step time."""
         self._start, self._steps, self._wait_s, self._skipped = time.perf_counter(), 0, 0.0, 0

@@ -2,25 +2,40 @@
 
 config.yaml    the resolved config          log.jsonl     one JSON object a logged step or validation
 facts.json     versions, fingerprints       log.txt       the human log of rank 0
-outcome.json   how it ended                 tensorboard/  the curves as events
+outcome.json   how it stands or ended       tensorboard/  the curves as events
 checkpoints/   the checkpoint store         metrics.json, report.html  written by `dtrain evaluate`
+stop-START     asks the start of the run with that id to stop; there for moments only
+
+Each start of a run has a random id, which outcome.json names, so that a request to stop never meets a later start.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
+import secrets
+import socket
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from dtrain.core.storage import read_json, write_json, write_text
 
-__all__ = ["LIBRARIES", "RunFolder", "versions"]
+__all__ = ["LIBRARIES", "REQUEST", "RunFolder", "is_gone", "open_log", "read_outcome", "stop_request", "versions"]
 
 LIBRARIES = ("dtrain", "torch", "transformers", "deepspeed", "pyarrow", "webdataset", "numpy", "tokenizers")
+
+
+#: Why a run stops when it was no signal that asked it.
+REQUEST = "dtrain stop"
+
+_CLOCK_S = 5.0  # times of creation count from the boot time, which setting the clock moves a little
 
 
 def versions() -> dict[str, str]:
@@ -34,12 +49,40 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_outcome(path: Path) -> dict[str, Any]:
+    """outcome.json of a run folder, or {}."""
+    return dict(read_json(path / "outcome.json")) if (path / "outcome.json").is_file() else {}
+
+
+def stop_request(path: Path, start_id: str) -> Path:
+    """The file in a run folder that asks the start `start_id` to stop."""
+    return path / f"stop-{start_id}"
+
+
+def is_gone(outcome: dict[str, Any]) -> bool:
+    """True when `outcome` says running, but its process was on this host and is there no more (killed, or lost power).
+
+    A process number that was given to another process since is told by its time of creation.
+    """
+    if outcome.get("status") != "running" or outcome.get("host") != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(outcome["pid"]))
+        same = abs(process.create_time() - float(outcome["created"])) < _CLOCK_S
+        return not same or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class RunFolder:
     """Paths and writers of one run. Only rank 0 writes; the others hold a folder with `writes=False`."""
 
     def __init__(self, path: str | Path, *, writes: bool) -> None:
         self.path = Path(path)
         self.writes = writes
+        self.start_id = ""  # of this start of the run; rank 0 makes it and tells the others
+        self._ended = False
+        self._outcome = threading.Lock()
         self._log: IO[str] | None = None
         self._events: Any = None
         if writes:
@@ -54,6 +97,21 @@ class RunFolder:
         """The encoder's Hugging Face config and tokenizer, so that a run can be opened without its origin."""
         return self.path / "encoder"
 
+    @property
+    def stop_request(self) -> Path:
+        """A file that asks this start to stop; it holds the reason."""
+        return stop_request(self.path, self.start_id)
+
+    def begin(self) -> None:
+        """Register this start: outcome.json says running, and which process it is. Does nothing where not `writes`."""
+        if not self.writes:
+            return
+        for stale in self.path.glob("stop-*"):
+            stale.unlink(missing_ok=True)
+        self.start_id = secrets.token_hex(8)
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+        self.outcome("running", **process)
+
     def start(self, config_yaml: str, facts: dict[str, Any]) -> None:
         """Write what is known before the first step and open the logs for appending."""
         if not self.writes:
@@ -65,12 +123,12 @@ class RunFolder:
         self._log = open(self.path / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._events = SummaryWriter(str(self.path / "tensorboard"))
 
-    def drop_lines_after(self, step: int) -> None:
-        """Forget logged steps after `step`, which a resumed run is about to take again."""
+    def drop_lines_after(self, step: int, validated: int) -> None:
+        """Forget logged steps after `step` and validations after `validated`, which a resumed run makes again."""
         path = self.path / "log.jsonl"
         if self.writes and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+            write_text(path, "".join(line for line in lines if _is_of(line, step, validated)))
 
     def log(self, step: int, line: dict[str, Any], scalars: dict[str, float]) -> None:
         """Append one line to log.jsonl and the scalars to the TensorBoard events."""
@@ -82,26 +140,33 @@ class RunFolder:
             self._events.add_scalar(name, value, step)
 
     def outcome(self, status: str, **facts: Any) -> None:
-        """How the run stands: running, completed, stopped_early, interrupted or failed."""
-        if self.writes:
-            write_json(self.path / "outcome.json", {"status": status, **facts})
+        """How the run stands: running, completed, stopped_early, stopped, interrupted or failed.
+
+        The first status other than running stays: a thread that gives up on the run may write it before the run does.
+        """
+        with self._outcome:
+            if self.writes and not self._ended:
+                self._ended = status != "running"
+                write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
 
     def read_outcome(self) -> dict[str, Any]:
-        path = self.path / "outcome.json"
-        return dict(read_json(path)) if path.is_file() else {}
+        return read_outcome(self.path)
 
     def close(self) -> None:
+        if self.writes and self.start_id:
+            self.stop_request.unlink(missing_ok=True)
         if self._log is not None:
             self._log.close()
             self._events.close()
             self._log = None
 
 
-def _step_of(line: str) -> int:
+def _is_of(line: str, step: int, validated: int) -> bool:
     try:
-        return int(json.loads(line)["step"])
+        found = json.loads(line)
+        return int(found["step"]) <= (validated if "valid" in found else step)
     except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # a line torn by a kill
+        return False  # a line torn by a kill
 
 
 def open_log(folder: RunFolder, rank: int) -> logging.Logger:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dtrain.checkpoint.background import BackgroundSave, SaveResult
+from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.errors import CheckpointError
 from dtrain.data.ledger import Ledger
-from dtrain.data.mixture import Mixture
 from dtrain.engine.base import BaseEngine
-from dtrain.train.config import RunConfig
 from dtrain.train.loop import LoopState
+from dtrain.train.resume import RunState
 
 __all__ = ["RunSaver"]
 
@@ -32,13 +32,12 @@ class RunSaver:
     `checkpoint.max_failed` of them in a row end the run with CheckpointError.
     """
 
-    config: RunConfig
+    config: CheckpointConfig
     fingerprints: Mapping[str, str]
-    mixture: Mixture
+    run: RunState
     engine: BaseEngine
     store: CheckpointStore
     ledger: Ledger | None
-    link: Mapping[str, str] | None  # the ledger's newest committed link
     _background: BackgroundSave = field(init=False)
     _failed: int = 0  # saves in a row
 
@@ -52,15 +51,15 @@ class RunSaver:
             step=state.step,
             fragments=list(self.engine.fragments()),
             state={
-                "binding": self.config.binding(),
+                "binding": self.run.bound,
                 "engine": self.engine.state(),
                 "loop": state.to_json(),
-                "mixture": self.mixture.to_json(),
+                "eras": self.run.eras.to_json(),
             },
             fingerprints=self.fingerprints,
             tags={"best": best_value} if best and best_value is not None else {},
             ledger=self.ledger.segment() if self.ledger is not None else None,
-            ledger_after=self.link,
+            ledger_after=self.run.link,
         )
         self._start(snapshot)
 
@@ -76,8 +75,8 @@ class RunSaver:
 
     def _start(self, snapshot: Snapshot) -> None:
         began = time.monotonic()
-        self._background.start(snapshot, behind=self.config.checkpoint.async_)
-        if not self.config.checkpoint.async_:
+        self._background.start(snapshot, behind=self.config.async_)
+        if not self.config.async_:
             self._settle()
         log.debug("step %d: saving held the training up for %.3f s", snapshot.step, time.monotonic() - began)
 
@@ -91,11 +90,11 @@ class RunSaver:
             if not isinstance(result.error, CheckpointError):
                 raise result.error
             self._failed += 1
-            if self._failed >= self.config.checkpoint.max_failed:
+            if self._failed >= self.config.max_failed:
                 raise result.error
         elif result.commit.kind == "full":
             self._failed = 0
-            self.link = result.commit.ledger
+            self.run.link = result.commit.ledger
             if self.ledger is not None:
                 self.ledger.committed()
 

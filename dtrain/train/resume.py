@@ -1,0 +1,98 @@
+"""Where a run goes on: what it takes from a checkpoint, and what `train.resume_data` makes of changed settings."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoint.commits import Commit
+from dtrain.core.world import World
+from dtrain.data.eras import Era, Eras
+from dtrain.data.mixture import Mixture
+from dtrain.train.binding import binding, changes, check_binding
+from dtrain.train.config import RunConfig
+from dtrain.train.loop import LoopState
+from dtrain.train.setup import Inputs
+from dtrain.train.stopping import Stopping
+
+__all__ = ["RunState", "go_on"]
+
+log = logging.getLogger("dtrain")
+
+
+@dataclass(slots=True, kw_only=True)
+class RunState:
+    """What a run has to know to take its next step, beside weights and optimizer."""
+
+    loop: LoopState
+    eras: Eras
+    bound: dict[str, Any]  # the binding keys as they count now, see dtrain/train/binding.py
+    link: dict[str, str] | None = None  # the ledger's newest committed link
+
+
+def go_on(config: RunConfig, inputs: Inputs, commit: Commit | None, world: World) -> RunState:
+    """The state of a new run, or the one that `commit` holds under what has changed since.
+
+    Raises StateMismatch when the config or the inputs are not what the run began with and `train.resume_data` does
+    not say that they may be.
+    """
+    state = RunState(
+        loop=LoopState(stopping=Stopping(patience=config.train.patience)),
+        eras=Eras((_era(config, inputs, 0),)),
+        bound=binding(config, inputs),
+    )
+    if commit is None:
+        return state
+    found = changes(commit.state["binding"], state.bound)
+    check_binding(found, config.train.resume_data)
+    state.loop.restore(commit.state["loop"])
+    state.link = commit.ledger
+    _log_resume(commit, state, world)
+    for change in found:
+        log.info("changed from step %d on: %s", state.loop.step, change)
+    new, state.eras = state.eras.current.mixture, Eras.from_json(commit.state["eras"])
+    kinds = {change.kind for change in found}
+    if config.train.resume_data == "restart" or "data" in kinds:
+        state.eras = state.eras.begun(_era(config, inputs, state.loop.step))
+        log.warning("step %d begins a new era: the data from its first epoch on", state.loop.step)
+    elif "mixture" in kinds:
+        state.eras = state.eras.mixed(state.loop.step, new)
+        log.info("step %d begins a new segment of the mixture; epochs run on", state.loop.step)
+    if state.loop.stopping.best is not None and _measures_otherwise(found):
+        log.warning("validation measures something else now; the best so far, %s, is forgotten", state.loop.stopping)
+        state.loop.stopping = Stopping(patience=config.train.patience)
+    return state
+
+
+def _era(config: RunConfig, inputs: Inputs, step: int) -> Era:
+    samples = {name: platform.train_samples for name, platform in inputs.manifest.platforms.items()}
+    return Era(
+        from_step=step,
+        manifest=inputs.manifest.fingerprint,
+        path=str(Path(config.data.path).resolve()),
+        plan=config.plan,
+        mixture=Mixture.make(config.mixture, samples),
+    )
+
+
+def _measures_otherwise(found: list[Any]) -> bool:
+    return any(change.kind == "best" or change.key.startswith(("fact.data.", "fact.catalog.")) for change in found)
+
+
+def _log_resume(commit: Commit, state: RunState, world: World) -> None:
+    best = state.loop.stopping
+    log.info(
+        "resuming from the checkpoint of step %d (record %d, by start %d): weights, moments, schedule, stream, early "
+        "stopping (best %s at step %d)%s; saved by %d ranks, loaded by %d, random generators %s",
+        commit.step,
+        commit.number,
+        commit.attempt,
+        best.best,
+        best.best_step,
+        f", ledger up to {state.link['path']}" if state.link else "",
+        commit.world_size,
+        world.size,
+        "go on where each was" if commit.world_size == world.size else "seeded anew by (step, ranks, rank)",
+    )

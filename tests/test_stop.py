@@ -1,0 +1,263 @@
+"""Asked to stop: by signals to any rank under every launcher, and by `dtrain stop`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from dtrain.train.ledgers import segment_paths
+
+from dtrain.checkpoint.store import CheckpointStore
+from dtrain.core.comm import Comm, connect
+from dtrain.core.config import load_config
+from dtrain.core.world import World
+from dtrain.data.ledger import read_ledger
+from dtrain.train.config import RunConfig
+from dtrain.train.job import run_job
+from dtrain.train.stopflag import StopFlag
+from tests.ranks import run_ranks
+from tests.train_toys import ROOT, call, command, environment, free_port, run_config, write_shops
+
+STEPS = 12
+ENDLESS = {"steps": 1_000_000, "valid_every": 20, "checkpoint_every": 0, "log_every": 5}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "PORT"]
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shops(tmp_path_factory.mktemp("shops"))
+
+
+class AskedAt(StopFlag):
+    """Asks this rank at the end of its n-th step of this start."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    def agree(self, comm: Comm) -> bool:
+        if self._left == 0:
+            self.ask("SIGUSR1")
+        self._left -= 1
+        return super().agree(comm)
+
+
+def _cut(comm: Comm, config: str, run: str, steps: int | None) -> list[str]:
+    """Start `run` until it completes, rank 1 asking it to stop after so many steps of each start."""
+    found = []
+    while "completed" not in found:
+        stop = AskedAt(steps) if steps is not None and comm.world.rank == 1 else StopFlag()
+        found.append(run_job(load_config(RunConfig, config, [f"run={run}"]), comm.world, stop))
+        assert len(found) < 2 * STEPS
+    return found
+
+
+def _kept(run: Path) -> tuple[list[dict[str, Any]], pa.Table, dict[str, torch.Tensor]]:
+    """What must not depend on how a run was cut: its log without times, its ledger, its last checkpoint."""
+    timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "wall_s"}
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    with connect(World()) as comm:
+        store = CheckpointStore(run / "checkpoints", comm)
+        commit = store.latest()
+        assert commit is not None
+        source = store.open(commit)
+        kinds = ("master", "exp_avg", "exp_avg_sq", "buffer", "rng")
+        tensors = {f"{kind}/{name}": source.read(kind, name) for kind in kinds for name in source.names(kind)}
+    ledger = read_ledger(segment_paths(run / "ledger", commit.state["ledger"]))
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines], ledger, tensors
+
+
+def test_a_run_that_is_stopped_everywhere_ends_as_an_unbroken_one(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    """Every step is a start of its own; logging, validation and checkpoints have other periods."""
+    train = {"steps": STEPS, "log_every": 4, "valid_every": 6, "checkpoint_every": 5}
+    config = str(run_config(tmp_path, shops, tiny_encoder, train=train))
+    whole = run_ranks(2, tmp_path, _cut, config, str(tmp_path / "whole"), None)
+    assert whole == [["completed"]] * 2
+    expected = _kept(tmp_path / "whole")
+    assert [line["step"] for line in expected[0]] == [4, 6, 8, 12, 12]
+    statuses = run_ranks(2, tmp_path, _cut, config, str(tmp_path / "cut"), 1)
+    assert statuses[0] == statuses[1] == ["stopped"] * STEPS + ["completed"]
+    lines, ledger, tensors = _kept(tmp_path / "cut")
+    assert lines == expected[0]
+    assert ledger.equals(expected[1])
+    assert tensors.keys() == expected[2].keys()
+    assert all(torch.equal(tensor, expected[2][name]) for name, tensor in tensors.items())
+
+
+class Job:
+    """A training in processes of its own, whose stderr is read as it comes."""
+
+    def __init__(self, arguments: list[str], **env: str) -> None:
+        self.process = subprocess.Popen(
+            [part.replace("PORT", str(free_port())) for part in arguments],
+            cwd=ROOT,
+            env={**environment(), **env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for us
+        )
+        self.lines: list[str] = []
+
+    def until(self, words: str) -> None:
+        """Read until a line has `words`."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if words in line:
+                return
+        raise AssertionError(f"ended without {words!r}:\n{''.join(self.lines[-40:])}")
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes below a launcher that hold a rank."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if "launch/train.py" in child.cmdline() and "RANK" in child.environ() and not child.children():
+                found[int(child.environ()["RANK"])] = child
+        return found
+
+    def end(self) -> int:
+        assert self.process.stderr is not None
+        self.lines += self.process.stderr.readlines()
+        return self.process.wait(timeout=120)
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    """Jobs to be ended whatever happens."""
+    started: list[Job] = []
+    yield started
+    for job in started:
+        for process in [*job.ranks().values()] if job.process.poll() is None else []:
+            process.kill()
+        if job.process.poll() is None:
+            job.process.kill()
+        assert job.process.stderr is not None
+        job.process.stderr.close()
+        job.process.wait(timeout=60)
+
+
+def pair(jobs: list[Job], config: Path) -> list[Job]:
+    """Two ranks that no launcher watches over."""
+    port = str(free_port())
+    for rank in ("0", "1"):
+        world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs.append(Job([sys.executable, "launch/train.py", str(config)], **world))
+    return jobs[-2:]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "outcome.json").read_text())
+
+
+def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_of_its_own(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+) -> None:
+    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
+    first.until("step 20: valid")
+    second.process.send_signal(signal.SIGUSR1)
+    assert (first.end(), second.end()) == (75, 75), first.lines[-20:]
+    ended = outcome(tmp_path)
+    assert (ended["status"], ended["signal"]) == ("stopped", "SIGUSR1")
+    assert ended["step"] >= 20
+    last = json.loads(max((tmp_path / "run/checkpoints/commits").iterdir()).read_text())
+    assert last["step"] == ended["step"]
+    assert "the same command goes on" in first.lines[-1]
+    assert not list((tmp_path / "run").glob("stop-*"))
+
+
+def test_torchrun_passes_a_signal_on(tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS)
+    jobs.append(Job([*TORCHRUN, "launch/train.py", str(config)]))
+    jobs[0].until("step 20: valid")
+    jobs[0].process.send_signal(signal.SIGTERM)
+    assert jobs[0].end() != 0
+    assert outcome(tmp_path)["status"] == "stopped"
+
+
+def test_dtrain_stop_does_it_under_deepspeed(tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, engine={"name": "deepspeed"}, train=ENDLESS)
+    jobs.append(Job([*DEEPSPEED, "launch/train.py", str(config)]))
+    jobs[0].until("step 20: valid")
+    done = call(command("stop", str(tmp_path / "run")))
+    assert done.returncode == 0, done.stderr
+    assert "stopped at step" in done.stdout
+    assert "saving and stopping" in done.stderr
+    assert jobs[0].end() == 75
+    assert outcome(tmp_path)["signal"] == "dtrain stop"
+
+
+def test_a_signal_to_one_rank_before_the_first_step_ends_all_with_nothing_saved(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+) -> None:
+    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
+    first.until("on 2 ranks")
+    second.process.send_signal(signal.SIGTERM)
+    assert (first.end(), second.end()) == (75, 75), first.lines
+    assert (outcome(tmp_path)["status"], outcome(tmp_path)["signal"]) == ("stopped", "SIGTERM")
+    assert not (tmp_path / "run/checkpoints/commits").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+) -> None:
+    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
+    first.until("step 20: valid")
+    second.process.send_signal(signal.SIGSTOP)
+    first.process.send_signal(signal.SIGINT)
+    first.until("SIGINT: saving and stopping")
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == 130
+    assert outcome(tmp_path)["status"] == "interrupted"
+
+
+def test_a_stop_that_can_not_be_obeyed_ends_in_the_time_it_was_given(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS, checkpoint={"grace_s": 0.5})
+    first, second = pair(jobs, config)
+    first.until("step 20: valid")
+    second.process.send_signal(signal.SIGSTOP)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end() == 76
+    assert outcome(tmp_path)["status"] == "failed"
+    assert "checkpoint.grace_s=0.5" in outcome(tmp_path)["error"]
+
+
+def test_dtrain_stop_says_when_there_is_nothing_to_stop_or_it_takes_too_long(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+) -> None:
+    run = str(tmp_path / "run")
+    missing = call(command("stop", run))
+    assert (missing.returncode, "no run folder" in missing.stderr) == (2, True)
+    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS)
+    jobs.append(Job([sys.executable, "launch/train.py", str(config)]))
+    jobs[0].until("step 20: valid")
+    jobs[0].process.send_signal(signal.SIGSTOP)
+    late = call(command("stop", run, "--timeout", "0.1"))
+    assert (late.returncode, "still running" in late.stderr) == (76, True)
+    jobs[0].process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, jobs[0].process.pid, os.WEXITED | os.WNOWAIT)  # dead, but still in the table of processes
+    assert outcome(tmp_path)["status"] == "running"
+    killed = call(command("stop", run))
+    assert (killed.returncode, "was killed" in killed.stderr) == (5, True)
+    # That request is left behind. It names a start that is no more, so the next one runs to its end.
+    assert list((tmp_path / "run").glob("stop-*"))
+    again = call([sys.executable, "launch/train.py", str(config), "train.steps=25", "schedule.total_steps=1000000"])
+    assert again.returncode == 0, again.stderr
+    ended = call(command("stop", run))
+    assert (ended.returncode, "completed at step 25" in ended.stderr) == (5, True)
