@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint demo test test-gpu lint inputs soak clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -26,6 +26,9 @@ test-gpu: $(STAMP)
 # Faults of every kind, and SOAK_KILLS kills at random moments: about a quarter of an hour.
 soak: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/soak.py runs/soak.md
+
+bench-checkpoint: $(STAMP)
+	$(BIN)/python -m benchmarks.checkpoint --work runs/bench
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -13,6 +13,8 @@ import dataclasses
 import datetime
 import hashlib
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dtrain.checkpoint.ballot import Ballot
@@ -123,7 +125,10 @@ class CheckpointStore:
         Every rank reads its share of the files.
         """
         world = self._ballot.world
-        mine = [found for file in commit.files[world.rank :: world.size] if (found := damage(self.blobs, file))]
+        files = sorted(commit.files, key=lambda file: -file.bytes)  # so that big ones are shared evenly
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world.local_size)) as readers:
+            found = readers.map(lambda file: damage(self.blobs, file), files[world.rank :: world.size])
+            mine = [problem for problem in found if problem]
         return [problem for part in self._ballot.gather(mine) for problem in part]
 
     def open(self, commit: Commit) -> ShardedSource:

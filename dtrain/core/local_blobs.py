@@ -10,22 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
+from dtrain.core.direct_file import DirectWriter
 from dtrain.core.errors import CorruptFile
 from dtrain.core.storage import atomic_file, checked_path, fsync_dir, is_temporary, make_folders, temporary_name
 
 __all__ = ["LocalBlobs"]
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
-@dataclass(frozen=True, slots=True)
-class _FileWriter:
-    file: BinaryIO
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.file.write(data)  # past its small buffer straight to the kernel, without a copy and without the GIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +65,12 @@ class LocalBlobs:
         return True
 
     @contextlib.contextmanager
-    def write(self, path: str) -> Iterator[_FileWriter]:
+    def write(self, path: str) -> Iterator[DirectWriter]:
         target = self._path(path)
         with atomic_file(target) as file:
-            yield _FileWriter(file)
+            writer = DirectWriter(file)
+            yield writer
+            writer.close()
         self._sync_folders(target.parent)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
