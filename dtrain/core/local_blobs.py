@@ -60,12 +60,13 @@ class LocalBlobs:
         try:
             self._sync_folders(target.parent)
         except OSError:
-            target.unlink()
+            target.unlink(missing_ok=True)
             raise
         return True
 
     @contextlib.contextmanager
     def write(self, path: str) -> Iterator[DirectWriter]:
+        """If the fsync of a folder fails, after the rename, the new file stays."""
         target = self._path(path)
         with atomic_file(target) as file:
             writer = DirectWriter(file)

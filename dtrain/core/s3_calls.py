@@ -36,11 +36,10 @@ _FIXES = {
 
 
 class S3Refused(CheckpointError):
-    """The server's answer was an error. `code` is S3's word for it, `status` the HTTP status; 0 without an answer."""
+    """A request that failed. `code` is S3's word for it, `status` that of HTTP; "" and 0 without an answer."""
 
-    def __init__(self, message: str, code: str, status: int) -> None:
-        super().__init__(message)
-        self.code, self.status = code, status
+    code = ""
+    status = 0
 
 
 class S3Calls:
@@ -145,4 +144,6 @@ class S3Calls:
         words = f"no end within {_REQUEST_S} s" if isinstance(error, asyncio.TimeoutError) else str(error)
         words = re.sub(r"[^\s/\"']+@", "", words)[:500]  # an endpoint's user and password
         about = f" {key}" if key else ""
-        return S3Refused(f"{self._url}: {method}{about} failed ({type(error).__name__}: {words}); {fix}", code, status)
+        refused = S3Refused(f"{self._url}: {method}{about} failed ({type(error).__name__}: {words}); {fix}")
+        refused.code, refused.status = code, status
+        return refused
