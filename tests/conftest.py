@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from dtrain.data.pseudonym import KEY_VARIABLE
+from tests.prepare_toys import KEY
+
 WORDS = (
     "red green blue small large soft hard round square old new garden kitchen toy game lamp chair mug clock box film "
     "drama comedy action bread milk cheese apple pear tea coffee water paper pen book shoe hat coat bag ring watch"
@@ -38,3 +41,17 @@ def make_tiny_encoder(folder: Path) -> Path:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_tiny_encoder`."""
     return make_tiny_encoder(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture
+def user_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment has the key of user ids."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+
+@pytest.fixture(scope="session")
+def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared folder of two small shops, for tests that leave it as it is."""
+    from tests.train_toys import write_shops  # it imports this module's WORDS
+
+    return write_shops(tmp_path_factory.mktemp("shops"))

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from dtrain.core.comm import Comm
+from dtrain.core.comm import Comm, connect
+from dtrain.core.world import World
 from tests.ranks import run_ranks
 
 
@@ -33,3 +35,11 @@ def test_collectives_agree_on_every_rank_and_gather_carries_the_gradient_of_all(
         assert result["union"].tolist() == [0, 1, 2, 7]
         assert result["json"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
         assert result["bytes"] == [b"", b"x", b"xx"]
+
+
+def test_a_process_alone_has_a_group_with_the_time_limit_while_it_is_connected() -> None:
+    with connect(World(), timeout_s=7) as comm:
+        group = dist.group.WORLD
+        assert group is not None
+        assert group._get_backend(comm.device).options._timeout.total_seconds() == 7
+    assert not dist.is_initialized()

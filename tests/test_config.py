@@ -37,6 +37,10 @@ def test_files_include_others_and_overrides_win(tmp_path: Path, monkeypatch: pyt
     assert config.name == "from-env"
     assert (config.inner.rate, config.limit) == (0.25, 3)
     assert {k: v.rate for k, v in config.many.items()} == {"a": 1.0, "b": 2.0}
+    assert load_config(Outer, top, ["inner.rate=0.25", "inner.rate=0.75"]).inner.rate == 0.75
+    (tmp_path / "runs").mkdir()
+    below = write(tmp_path / "runs", "below.yaml", "include: [../top.yaml]\nlimit: 9\n")
+    assert (load_config(Outer, below).limit, load_config(Outer, below).name) == (9, "from-env")
     again = load_config(Outer, write(tmp_path, "again.yaml", dump_yaml(config)))
     assert again == config
 

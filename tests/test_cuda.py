@@ -12,7 +12,7 @@ import torch
 
 from dtrain.core.comm import connect
 from dtrain.core.world import World
-from tests.train_toys import call, command, losses, run_config, write_shops
+from tests.train_toys import call, command, losses, run_config
 
 pytestmark = [
     pytest.mark.cuda,
@@ -23,9 +23,11 @@ TRAIN = {"steps": 20, "valid_every": 10, "checkpoint_every": 0}
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_learns_in_every_precision(tmp_path: Path, tiny_encoder: Path, stage: int, precision: str) -> None:
+def test_every_stage_learns_in_every_precision(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, stage: int, precision: str
+) -> None:
     engine = {"name": "deepspeed", "zero_stage": stage, "precision": precision}
-    config = run_config(tmp_path, write_shops(tmp_path / "shops"), tiny_encoder, engine=engine, train=TRAIN)
+    config = run_config(tmp_path, shops, tiny_encoder, engine=engine, train=TRAIN)
     done = call([sys.executable, "launch/train.py", str(config)])
     assert done.returncode == 0, done.stderr[-3000:]
     found = [loss for _, loss, _ in losses(tmp_path / "run") if loss is not None]
@@ -47,8 +49,9 @@ def test_batches_wait_in_pinned_memory(tmp_path: Path, tiny_encoder: Path) -> No
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_fused_attention_and_evaluation_run_on_the_device(tmp_path: Path, tiny_encoder: Path, attention: str) -> None:
-    shops = write_shops(tmp_path / "shops")
+def test_fused_attention_and_evaluation_run_on_the_device(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, attention: str
+) -> None:
     config = run_config(tmp_path, shops, tiny_encoder, engine={"name": "deepspeed", "precision": "bf16"}, train=TRAIN)
     done = call([sys.executable, "launch/train.py", str(config), f"model.encoder.attention={attention}"])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,9 +17,9 @@ from dtrain.core.config import load_config
 from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from tests.ranks import run_ranks
-from tests.train_toys import losses, run_config, write_shops
+from tests.train_toys import losses, run_config
 
-STEPS = 6
+STEPS = 4
 GRID = list(itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (1, 4)))
 OFF = ["model.user.dropout=0", f"train.steps={STEPS}", "train.valid_every=0", "train.checkpoint_every=0"]
 
@@ -34,9 +34,9 @@ def _name(stage: int, precision: str, accumulation: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
     folder = tmp_path_factory.mktemp("equivalence")
-    config = run_config(folder, write_shops(folder / "shops"), tiny_encoder)
+    config = run_config(folder, shops, tiny_encoder)
     oracle = [(str(folder / "oracle"), ["engine.name=torch", "engine.precision=fp32"])]
     run_ranks(1, folder, _train, str(config), oracle)
     grid: list[tuple[str, list[Any]]] = [
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
         )
         for stage, precision, accumulation in GRID
     ]
-    run_ranks(2, folder, _train, str(config), grid)
+    run_ranks(2, folder, _train, str(config), grid, timeout_s=600)
     return folder
 
 

@@ -15,11 +15,9 @@ from dtrain.core.fingerprint import fingerprint_lines
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.prepare import prepare
-from dtrain.data.pseudonym import KEY_VARIABLE
 from dtrain.data.splits import cut_windows
 from tests.prepare_toys import (
     DAY,
-    KEY,
     config_of,
     expected_histories,
     hashed,
@@ -28,10 +26,7 @@ from tests.prepare_toys import (
     write_shop,
 )
 
-
-@pytest.fixture(autouse=True)
-def user_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+pytestmark = pytest.mark.usefixtures("user_key")
 
 
 def test_leave_last_out_keeps_and_splits_what_the_protocol_says(tmp_path: Path) -> None:

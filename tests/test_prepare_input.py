@@ -12,9 +12,7 @@ from dtrain.core.config import load_config
 from dtrain.core.errors import ConfigError, DataError
 from dtrain.data.platforms import PrepareConfig
 from dtrain.data.prepare import prepare
-from dtrain.data.pseudonym import KEY_VARIABLE
 from tests.prepare_toys import (
-    KEY,
     config_of,
     random_rows,
     write_shop,
@@ -23,9 +21,7 @@ from tests.prepare_toys import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def user_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+pytestmark = pytest.mark.usefixtures("user_key")
 
 
 def refused(tmp_path: Path, **changes: Any) -> str:

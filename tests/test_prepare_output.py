@@ -22,10 +22,8 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.output import open_output
 from dtrain.data.platforms import PrepareConfig
 from dtrain.data.prepare import prepare
-from dtrain.data.pseudonym import KEY_VARIABLE
 from dtrain.data.shards import ShardReader
 from tests.prepare_toys import (
-    KEY,
     config_of,
     files_of,
     random_rows,
@@ -36,9 +34,7 @@ from tests.prepare_toys import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def user_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+pytestmark = pytest.mark.usefixtures("user_key")
 
 
 def test_shards_are_what_the_webdataset_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,7 @@ from tests.prepare_toys import (
     write_shop,
 )
 
-
-@pytest.fixture(autouse=True)
-def user_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+pytestmark = pytest.mark.usefixtures("user_key")
 
 
 def test_no_raw_user_id_leaves(

@@ -157,11 +157,6 @@ def test_eras_cover_their_own_steps_and_survive_json(manifest: Manifest) -> None
 
 
 @pytest.fixture(scope="module")
-def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shops(tmp_path_factory.mktemp("shops"))
-
-
-@pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
     """The config of a run that is at its step 8; tests go on from copies of it."""
     folder = tmp_path_factory.mktemp("begun")

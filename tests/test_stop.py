@@ -23,17 +23,12 @@ from dtrain.train.job import run_job
 from dtrain.train.stopflag import StopFlag
 from tests.ranks import run_ranks
 from tests.store_toys import newest
-from tests.train_toys import ROOT, call, command, environment, free_port, run_config, write_shops
+from tests.train_toys import ROOT, call, command, environment, free_port, run_config
 
 STEPS = 12
 ENDLESS = {"steps": 1_000_000, "valid_every": 20, "checkpoint_every": 0, "log_every": 5}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "PORT"]
-
-
-@pytest.fixture(scope="module")
-def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shops(tmp_path_factory.mktemp("shops"))
 
 
 class AskedAt(StopFlag):

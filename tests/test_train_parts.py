@@ -66,6 +66,15 @@ def test_the_world_is_read_from_the_launcher_and_contradictions_are_refused() ->
     assert World.from_env({}) == World()
     env = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert World.from_env(env) == World(rank=1, size=4, local_rank=1, local_size=2)
-    for bad in ({"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+    assert not World(rank=2, size=4, local_rank=0, local_size=2).is_main  # the first of the second machine
+    env = {"RANK": "1", "WORLD_SIZE": "2"}
+    assert World.from_env(env) == World(rank=1, size=2, local_rank=1, local_size=2)
+    for bad in (
+        {"RANK": "0"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {**env, "LOCAL_RANK": "2"},
+        {**env, "LOCAL_WORLD_SIZE": "3"},
+    ):
         with pytest.raises(ConfigError, match="RANK"):
             World.from_env(bad)

@@ -119,10 +119,9 @@ def connect(world: World, *, timeout_s: float = 600.0) -> Iterator[Comm]:
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if cuda else "gloo"
     owned = not dist.is_initialized()
-    if owned and world.size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif owned:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    if owned:
+        store = HashStore() if world.size == 1 else None
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield Comm(world, device)
     finally:

@@ -221,7 +221,13 @@ class _Weights:
 def _settings(setup: Setup) -> dict[str, Any]:
     """DeepSpeed's configuration: the user's keys under dtrain's."""
     config, extra = setup.engine, setup.engine.deepspeed
-    zero: dict[str, Any] = {**extra.get("zero_optimization", {}), "stage": config.zero_stage}
+    zero: dict[str, Any] = {
+        # Before it releases a weight, stage 3 looks for its next use within this many elements of the recorded step.
+        # DeepSpeed's default of 1e9 is a walk over the whole step at every module, and all micro-batches are one step.
+        "stage3_max_reuse_distance": 0,
+        **extra.get("zero_optimization", {}),
+        "stage": config.zero_stage,
+    }
     host = {"device": "cpu", "pin_memory": setup.comm.device.type == "cuda"}
     if config.offload != "none":
         zero["offload_optimizer"] = host

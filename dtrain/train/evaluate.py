@@ -25,7 +25,7 @@ from dtrain.train.baselines import count_transitions, popularity, transitions, z
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
 from dtrain.train.metrics import Metrics, aggregates, gains
 from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer
-from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, subjects
+from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, split_metrics, subjects
 from dtrain.train.vectors import TextEncoder, Tokens, encode_catalog, encode_users, item_vectors
 
 __all__ = ["COMPARED", "EvaluateConfig", "evaluate", "model_scorer", "platform_report", "validate", "with_aggregates"]
@@ -103,13 +103,11 @@ def validate(
         text_NH = encode_catalog(
             model.encode_texts, [caches[s.name] for s in platforms], comm, batch_tokens=batch_tokens
         )
-    found = {}
-    for subject in platforms:
-        if len(subject.users):
-            scorer_of = model_scorer(model, text_NH, subject, comm.device)
-            rank_B = shared_ranks(subject, scorer_of, comm, max_users=max_users)
-            found[subject.name] = subject.slices(rank_B)[subject.split]
-    return found
+
+    def ranks(subject: Subject) -> np.ndarray:
+        return shared_ranks(subject, model_scorer(model, text_NH, subject, comm.device), comm, max_users=max_users)
+
+    return split_metrics(platforms, ranks)
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from dtrain.train.baselines import count_transitions, transitions
 from dtrain.train.evaluate import EvaluateConfig, platform_report, with_aggregates
 from dtrain.train.metrics import Metrics
 from dtrain.train.ranking import rank_targets, top_items
-from dtrain.train.subjects import ScorerOf, Subject, shared
+from dtrain.train.subjects import ScorerOf, Subject, shared, split_metrics
 
 __all__ = ["TOP", "Reranker", "evaluate_reranker", "transition_retrievers", "validate_reranker"]
 
@@ -122,12 +122,7 @@ def validate_reranker(
     max_users: int,
 ) -> dict[str, Metrics]:
     """Metrics after reranking, per platform, platforms without users left out."""
-    found = {}
-    for subject in platforms:
-        if len(subject.users):
-            _, rank_B = rerank(reranker, subject, retrievers[subject.name], comm, max_users=max_users)
-            found[subject.name] = subject.slices(rank_B)[subject.split]
-    return found
+    return split_metrics(platforms, lambda s: rerank(reranker, s, retrievers[s.name], comm, max_users=max_users)[1])
 
 
 def evaluate_reranker(

@@ -5,7 +5,7 @@ Users of a platform are ordered by their hashed id, so that the first n of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.train.metrics import SHORT_HISTORY, Metrics, slices
 from dtrain.train.ranking import BLOCK_BYTES, Scorer, rank_targets
 
-__all__ = ["ScorerOf", "Subject", "shared", "shared_ranks", "subjects"]
+__all__ = ["ScorerOf", "Subject", "shared", "shared_ranks", "split_metrics", "subjects"]
 
 #: The scorer of a slice of a platform's users; the slice's users count from 0 in it.
 ScorerOf = Callable[[slice], Scorer]
@@ -107,3 +107,8 @@ def shared_ranks(
         )
 
     return shared(subject, compute, comm, max_users=max_users)
+
+
+def split_metrics(platforms: Sequence[Subject], ranks: Callable[[Subject], np.ndarray]) -> dict[str, Metrics]:
+    """Metrics per platform from the ranks that `ranks` gives its users, platforms without users left out."""
+    return {s.name: s.slices(ranks(s))[s.split] for s in platforms if len(s.users)}

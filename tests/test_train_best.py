@@ -1,0 +1,87 @@
+"""A run that stopped early: what is opened afterwards is its best checkpoint, whole, on the data it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dtrain.cli.main import main
+from dtrain.core.comm import Comm
+from dtrain.core.errors import StateMismatch
+from dtrain.core.world import World
+from dtrain.data.manifest import Manifest
+from dtrain.train.retrievers import open_retrievers
+from dtrain.train.score import score_run
+from tests.train_toys import call, run_config
+
+ALONE = Comm(World(), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
+    """A run whose learning rate is far too high, so that it soon finds no new best."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = run_config(
+        folder,
+        shops,
+        tiny_encoder,
+        train={"steps": 400, "valid_every": 3, "checkpoint_every": 0, "patience": 2},
+        optimizer={"lr": 0.3},
+    )
+    done = call([sys.executable, "launch/train.py", str(config)])
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_the_best_checkpoint_is_what_is_evaluated(stopped: Path, tmp_path: Path) -> None:
+    outcome = json.loads((stopped / "outcome.json").read_text())
+    assert outcome["status"] == "stopped_early"
+    assert outcome["step"] == outcome["best_step"] + 2 * 3
+    lines = [json.loads(line) for line in (stopped / "log.jsonl").read_text().splitlines()]
+    ranked = {line["step"]: line["valid"] for line in lines if "valid" in line}
+    assert (
+        outcome["best"]
+        == ranked[outcome["best_step"]]["macro"]["ndcg@10"]
+        == max(valid["macro"]["ndcg@10"] for valid in ranked.values())
+    )
+
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    score_run(run, ALONE, ["evaluate.split=valid", "evaluate.resamples=1000"])
+    assert not (run / "metrics.json").exists()  # which is the test split's
+    metrics = json.loads((run / "metrics-valid.json").read_text())
+    assert (metrics["step"], metrics["split"]) == (outcome["best_step"], "valid")
+    assert metrics["macro"]["ndcg@10"] == pytest.approx(outcome["best"], rel=1e-4)
+
+
+def test_another_tokenizer_or_other_data_is_refused(stopped: Path, shops: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    with pytest.raises(StateMismatch, match="manifest fingerprint"):
+        score_run(run, ALONE, ["data.platforms=[garden]"])
+    manifest = Manifest.load(shops).select(["kitchen"])
+    with pytest.raises(StateMismatch, match=manifest.fingerprint):
+        open_retrievers(str(run), manifest, [], ALONE)
+    tokenizer = json.loads((run / "encoder/tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["lamp"], vocabulary["chair"] = vocabulary["chair"], vocabulary["lamp"]
+    (run / "encoder/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(StateMismatch, match="tokenizer fingerprint"):
+        score_run(run, ALONE)
+
+
+def test_an_audit_against_another_plan_fails(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    assert main(["audit", str(run)]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["plan"]["seed"] = 1
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["audit", str(run)]) == 4
+    assert "NOT as planned" in capsys.readouterr().out
