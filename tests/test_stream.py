@@ -5,16 +5,16 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from dtrain.core.errors import ConfigError, CorruptFile
 from dtrain.core.world import World
+from dtrain.data.gather import Gathered
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.shards import ShardReader
-from dtrain.data.stream import SampleReader, StepSamples, Stream, StreamConfig
+from dtrain.data.stream import WINDOW_SAMPLES, SampleReader, StepSamples, Stream, StreamConfig
 from tests.stream_toys import prepared
 
 
@@ -84,34 +84,47 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_was_not(
 
 
 class CountingReader:
-    """Hands on to a reader, lists what was asked, and fails from a given read on."""
+    """Hands on to a reader, counts what was asked, and fails where one of `broken`, (shard, row), is asked for."""
 
-    def __init__(self, inner: SampleReader, fail_at: int = 10**9) -> None:
-        self.inner, self.fail_at, self.asked = inner, fail_at, [0]
+    def __init__(self, inner: SampleReader, broken: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.inner, self.broken, self.asked = inner, broken, 0
 
-    def read(self, shard: int, rows: np.ndarray) -> pa.Table:
-        if len(self.asked) > self.fail_at:
+    def gather(self, shard_B: np.ndarray, row_B: np.ndarray) -> Gathered:
+        self.asked += row_B.size
+        if self.broken & set(zip(shard_B.tolist(), row_B.tolist(), strict=True)):
             raise CorruptFile("shard 3: broken")
-        self.asked.append(shard)
-        return self.inner.read(shard, rows)
+        return self.inner.gather(shard_B, row_B)
 
 
 def test_starting_far_on_reads_only_the_steps_asked_for(plan: Plan, readers: dict[str, SampleReader]) -> None:
     counting = {name: CountingReader(reader) for name, reader in readers.items()}
-    with Stream(plan, counting, World(), 10**9, StreamConfig(prefetch=1)) as stream:
+    with Stream(plan, counting, World(), 10**9) as stream:
         assert next(stream).step == 10**9
-    shards = sum(len(platform.train) for platform in plan.manifest.platforms.values())
-    assert sum(len(reader.asked) - 1 for reader in counting.values()) <= 2 * shards  # one read a shard, two steps
+    assert 24 <= sum(reader.asked for reader in counting.values()) <= 24 + 2 * WINDOW_SAMPLES
 
 
 def test_an_error_is_raised_by_the_step_it_befell(plan: Plan, readers: dict[str, SampleReader]) -> None:
-    broken = {**readers, "tiny": CountingReader(readers["tiny"], fail_at=3)}  # one read of it a step
-    with Stream(plan, broken, World(), config=StreamConfig(prefetch=3)) as stream:
+    def rows_of(step: int) -> set[tuple[int, int]]:
+        planned = plan.step(step)
+        left = planned.platform_B == plan.platforms.index("left")
+        return set(zip(planned.shard_B[left].tolist(), planned.row_B[left].tolist(), strict=True))
+
+    broken = frozenset(rows_of(3) - rows_of(0) - rows_of(1) - rows_of(2))
+    assert broken
+    with Stream(plan, {**readers, "left": CountingReader(readers["left"], broken)}, World()) as stream:
         assert [next(stream).step for _ in range(3)] == [0, 1, 2]
         for _ in range(2):
             with pytest.raises(CorruptFile, match="shard 3: broken"):
                 next(stream)
         assert stream.step == 3
+
+
+def test_windows_of_steps_hold_what_single_steps_do(plan: Plan, readers: dict[str, SampleReader]) -> None:
+    with Stream(plan, readers, World(rank=1, size=3)) as stream:
+        got = [described(next(stream)) for _ in range(70)]  # the windows have 1, 1, 2, 4, 8, 16, 32, 64 steps
+    for step in (0, 1, 2, 3, 30, 69):
+        with Stream(plan, readers, World(rank=1, size=3), step) as stream:
+            assert described(next(stream)) == got[step]
 
 
 @pytest.fixture

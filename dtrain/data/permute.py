@@ -65,12 +65,12 @@ def permute(index_B: np.ndarray, size_B: int | np.ndarray, key_B: int | np.ndarr
     bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1].astype(np.uint64)  # exact below 2**53
     low, key = bits >> np.uint64(1), _mix(key)
     high = bits - low
-    for start in range(0, index.size, _AT_ONCE):
-        todo = np.arange(start, min(start + _AT_ONCE, index.size))
-        while todo.size:  # the domain is below twice the size, so about half of the rest lands inside at each walk
-            walked = _feistel(index[todo], low[todo], high[todo], key[todo])
-            index[todo] = walked
-            todo = todo[walked >= size[todo]]
+    todo = np.arange(index.size)
+    while todo.size:  # the domain is below twice the size, so about half of the rest lands inside at each walk
+        for start in range(0, todo.size, _AT_ONCE):
+            part = todo[start : start + _AT_ONCE]
+            index[part] = _feistel(index[part], low[part], high[part], key[part])
+        todo = todo[index[todo] >= size[todo]]
     return index.astype(np.int64).reshape(shape)
 
 
