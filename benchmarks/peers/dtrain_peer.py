@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from common import Batch, Peer, main
-from samples import CHUNK, PLATFORMS, Chunk, chunks, make, sizes
+from common import Batch, main
+from samples import PLATFORMS, Chunk, chunks, make, sizes
 
-from dtrain.core.storage import sha256_file
 from dtrain.core.world import World
 from dtrain.data.manifest import SCHEMA_VERSION, FileEntry, Manifest, PlatformManifest, ShardEntry
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.schema import SAMPLE
 from dtrain.data.shards import ShardReader, write_shard
-from dtrain.data.stream import Stream
+from dtrain.data.stream import Stream, blocks_at_once
 
 _NO_FILE = FileEntry(path="unused", bytes=0, sha256="")  # catalogue, valid and test are not what is measured
 
@@ -68,3 +67,33 @@ def write(folder: Path, samples: int) -> int:
     }
     Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=folder).save()
     return digest
+
+
+class Dtrain:
+    def write(self, folder: Path, samples: int) -> int:
+        return write(folder, samples)
+
+    def state(self, folder: Path, batch: int) -> Any:
+        return {"manifest": Manifest.load(folder).fingerprint}  # which a checkpoint stores and a resume checks
+
+    def batches(self, folder: Path, batch: int, position: int, state: Any, workers: int) -> Iterator[Batch]:
+        manifest = Manifest.load(folder)
+        if manifest.fingerprint != state["manifest"]:
+            raise SystemExit("the samples are not those of the state")
+        counts = {name: platform.train_samples for name, platform in manifest.platforms.items()}
+        plan = Plan(manifest, Mixture.make(MixtureConfig(temperature=1.0), counts), PlanConfig(samples=batch))
+        blocks = blocks_at_once(plan.config, 1)
+        readers = {name: ShardReader(manifest, name, cached_blocks=blocks) for name in manifest.platforms}
+        with Stream(plan, readers, World(), position // batch) as stream:
+            for found in stream:
+                yield Batch(
+                    user=found.user_B,
+                    offset=found.offset_B,
+                    item=found.item_T,
+                    event=found.event_T,
+                    weight=found.weight_T,
+                )
+
+
+if __name__ == "__main__":
+    main(Dtrain(), lambda: {"dtrain": "this tree", "numpy": np.__version__, "pyarrow": pa.__version__})

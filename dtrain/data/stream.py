@@ -16,9 +16,10 @@ import numpy as np
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
 from dtrain.data.gather import Gathered
-from dtrain.data.plan import Plan, StepPlan, share_of
+from dtrain.data.plan import Plan, PlanConfig, StepPlan, share_of
+from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
 
-__all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamConfig"]
+__all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
 
 #: Samples of all ranks that are planned and read at once, at most (but a step at least).
 WINDOW_SAMPLES = 8192
@@ -42,6 +43,16 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.prefetch < 1:
             raise ConfigError(f"stream.prefetch={self.prefetch}: must be at least 1 step")
+
+
+def blocks_at_once(config: PlanConfig, size: int) -> int:
+    """Blocks of a platform for one of `size` ranks to hold, so that each is opened once an epoch or little more often.
+
+    A lane's samples come from one shuffle group at a time, and a rank's come from its share of the lanes. Half as many
+    again, since lanes go from group to group at different times.
+    """
+    lanes = min(config.lanes, config.lanes // size + 2)
+    return 3 * lanes * config.shuffle_shards * (SHARD_SAMPLES // BLOCK_SAMPLES) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
