@@ -14,7 +14,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.shards import ShardReader
-from dtrain.data.stream import WINDOW_SAMPLES, SampleReader, StepSamples, Stream, StreamConfig
+from dtrain.data.stream import WINDOW_SAMPLES, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
 from tests.stream_toys import prepared
 
 
@@ -81,6 +81,53 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_was_not(
         assert saved == cut  # what was read ahead does not count
         with Stream(plan, readers, World(rank=1, size=2), saved, config) as stream:
             assert first + [described(next(stream)) for _ in range(9 - cut)] == whole
+
+
+@pytest.mark.parametrize("cached_blocks", [1, 2, 1000])
+def test_gathering_is_reading_however_few_blocks_are_held(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cached_blocks: int
+) -> None:
+    reader, opened = ShardReader(manifest, "left", cached_blocks=cached_blocks), []
+    monkeypatch.setattr(
+        reader, "_open_block", lambda block, inner=reader._open_block: opened.append(block) or inner(block)
+    )
+    rng = np.random.default_rng(3)
+    for count in (0, 1, 200, 30):
+        shard_B = rng.integers(0, 4, count)
+        row_B = rng.integers(0, np.array([17, 30, 1, 12])[shard_B])
+        opened.clear()
+        got = reader.gather(shard_B, row_B)
+        assert cached_blocks < 4 or len(opened) == len(set(opened))
+        want = [reader.read(shard, [row]).to_pylist()[0] for shard, row in zip(shard_B.tolist(), row_B.tolist())]
+        assert got.user_B.tolist() == [row["user"] for row in want]
+        assert np.diff(got.offset_B).tolist() == [len(row["items"]) for row in want]
+        for values, name in ((got.item_T, "items"), (got.event_T, "events"), (got.weight_T, "weights")):
+            assert values.tolist() == [value for row in want for value in row[name]]
+
+
+def test_a_block_is_opened_once_while_it_is_used(
+    plan: Plan, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = {n: ShardReader(manifest, n, cached_blocks=blocks_at_once(plan.config, 1)) for n in manifest.platforms}
+    opened: list[tuple[str, int]] = []
+    for name, reader in readers.items():
+        monkeypatch.setattr(
+            reader,
+            "_open_block",
+            lambda block, name=name, inner=reader._open_block: opened.append((name, block)) or inner(block),
+        )
+    with Stream(plan, readers, World()) as stream:
+        for _ in range(100):
+            next(stream)
+    assert sorted(opened) == [
+        ("left", 0),
+        ("left", 1),
+        ("left", 2),
+        ("left", 3),
+        ("right", 0),
+        ("right", 1),
+        ("tiny", 0),
+    ]
 
 
 class CountingReader:

@@ -94,7 +94,7 @@ class Slots:
 
     def find(self, block_B: np.ndarray) -> np.ndarray:
         """int64 [B]: the slot of each block, -1 for those that are in none."""
-        return self._slot_of[block_B]
+        return np.asarray(self._slot_of[block_B])
 
     def missing(self, block_B: np.ndarray) -> np.ndarray:
         """The distinct blocks that are in no slot; the slots of the others are marked as used now."""

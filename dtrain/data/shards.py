@@ -31,6 +31,8 @@ __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
 BLOCK_SAMPLES = 256
 SHARD_SAMPLES = 4096
 
+_POSITION: tuple[type[np.generic], ...] = (np.int32, np.int8, np.float32)  # item, event and weight
+
 
 def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str) -> ShardEntry:
     """Write `samples` (SAMPLE schema) as tar shard `number` at `path`; `relative` is its path in the manifest."""
@@ -79,7 +81,7 @@ class ShardReader:
         self._start_of_block = np.cumsum([0, *(block.rows for block in every)])
         self._slots = Slots(min(cached_blocks, len(every)), len(every))
         rows = max((block.rows for block in every), default=0)
-        self._windows = RaggedPool(self._slots.count, rows, (np.int32, np.int8, np.float32))
+        self._windows = RaggedPool(self._slots.count, rows, _POSITION)
         self._users = RaggedPool(self._slots.count, rows, (np.uint8,))
         self._lock = threading.Lock()
 
@@ -137,7 +139,7 @@ class ShardReader:
 
     def _unpack(self, slot: int, block: int) -> None:
         user, *lists, _ = self._open_block(block).columns
-        values = [_values(column, dtype) for column, dtype in zip(lists, (np.int32, np.int8, np.float32), strict=True)]
+        values = [_values(column, dtype) for column, dtype in zip(lists, _POSITION, strict=True)]
         self._windows.put(slot, _offsets(lists[0]), values)
         self._users.put(slot, _offsets(user), [_values(user, np.uint8)])
 
