@@ -1,6 +1,6 @@
 """Reading samples: dtrain against webdataset, mosaicml-streaming and litdata, on the same samples in the same run.
 
-    python benchmarks/stream.py [--folder DIR] [--samples N] [--part prepare|rate|resume|report|all]
+    python benchmarks/stream.py [--folder DIR] [--samples N] [--part prepare|rate|workers|resume|report|all]
 
 Makes the peers' environments and the samples where they are missing, measures in turn, library after library within
 each repeat, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer samples and repeats.
@@ -61,7 +61,7 @@ class Size:
 def size_of(samples: int | None) -> Size:
     if QUICK:
         return Size(samples=samples or 300_000, repeats=2, seconds=2.0)
-    return Size(samples=samples or 10_000_000, repeats=5, seconds=8.0)
+    return Size(samples=samples or 10_000_000, repeats=5, seconds=6.0)
 
 
 class Bench:
@@ -148,12 +148,18 @@ def rate(bench: Bench) -> None:
                 found = bench.call(library, "rate", batch, bench.size.seconds, 0)
                 print(f"{library.name}, batch {batch}: {found['rate']:,.0f} samples/s", flush=True)
                 bench.keep(f"rate {batch} {library.name}", found)
-    for library in LIBRARIES:
-        if library.name in WITH_WORKERS:
-            for batch in BATCHES:
-                for _ in range(1 if QUICK else 3):
+
+
+def workers(bench: Bench) -> None:
+    """Samples a second of the peers with two worker processes each, for comparison: two cores instead of one."""
+    bench.forget("workers")
+    for _ in range(1 if QUICK else 3):
+        for batch in BATCHES:
+            for library in LIBRARIES:
+                if library.name in WITH_WORKERS:
                     found = bench.call(library, "rate", batch, bench.size.seconds, 2)
-                    bench.keep(f"rate {batch} {library.name} +2 workers", found)
+                    print(f"{library.name}, 2 workers, batch {batch}: {found['rate']:,.0f} samples/s", flush=True)
+                    bench.keep(f"workers {batch} {library.name}, 2 workers", found)
 
 
 def resume(bench: Bench) -> None:
@@ -189,9 +195,9 @@ def report(bench: Bench) -> bool:
     print("|---|---|---|---|---|---|")
     for key, runs in bench.results.items():
         kind, batch, name = key.split(" ", 2)
-        if kind == "rate":
+        if kind in ("rate", "workers"):
             memory = [run["memory"] for run in runs]
-            cpu = "" if "workers" in name else f"{median(runs, 'cpu_rate'):,.0f}"
+            cpu = "" if kind == "workers" else f"{median(runs, 'cpu_rate'):,.0f}"
             own = f"{median(memory, 'peak_rss'):,.0f} | {median(memory, 'pss_anonymous'):,.0f}"
             print(f"| {name} | {batch} | {spread([run['rate'] for run in runs], ',.0f')} | {cpu} | {own} |")
     print("\n| library | resumed at | seconds to the first batch: median (least .. most) | peak RSS, MiB |")
@@ -236,10 +242,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/stream"))
     parser.add_argument("--samples", type=int, help="10,000,000, or 300,000 with QUICK=1")
-    parser.add_argument("--part", choices=["prepare", "rate", "resume", "report", "all"], default="all")
+    parser.add_argument("--part", choices=["prepare", "rate", "workers", "resume", "report", "all"], default="all")
     arguments = parser.parse_args()
     bench = Bench(arguments.folder.resolve(), size_of(arguments.samples))
-    for part in (prepare, rate, resume):
+    for part in (prepare, rate, workers, resume):
         if arguments.part in (part.__name__, "all"):
             part(bench)
     return 0 if arguments.part not in ("report", "all") or report(bench) else 1
