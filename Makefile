@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint bench-stream demo test test-gpu lint inputs soak clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -37,6 +37,10 @@ lint: $(STAMP)
 
 inputs: $(STAMP)
 	$(BIN)/dtrain fetch configs/fetch/demo.yaml
+
+# Needs about 6 GB below runs/bench/stream, and PyPI once for the libraries it compares with. QUICK=1: minutes.
+bench-stream: $(STAMP)
+	$(BIN)/python benchmarks/stream.py
 
 # torch first and pinned, so that no later requirement pulls another build of it in.
 $(STAMP):

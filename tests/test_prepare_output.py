@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
@@ -67,6 +68,8 @@ def test_samples_are_read_at_random_and_damage_is_noticed(tmp_path: Path, monkey
     for shard, row in ((0, len(every)), (0, -1), (1, 0)):
         with pytest.raises(DataError, match=r"no (row|shard)"):
             ShardReader(manifest, "shop").read(shard, [row])
+        with pytest.raises(DataError, match=r"no (row|shard)"):
+            ShardReader(manifest, "shop").gather(np.array([0, shard]), np.array([0, row]))
 
     entry = manifest.platform("shop").train[0]
     path = manifest.root / entry.path
@@ -78,6 +81,10 @@ def test_samples_are_read_at_random_and_damage_is_noticed(tmp_path: Path, monkey
         assert reader.read(0, [0]).num_rows == 1
         with pytest.raises(CorruptFile, match=rf"train-00000\.tar.*block 1 at byte {block.offset}.*prepare again"):
             reader.read(0, [block.rows])
+        assert reader.gather(np.array([0]), np.array([0])).user_B.tolist() == [every[0]["user"]]
+        with pytest.raises(CorruptFile, match=rf"train-00000\.tar.*block 1 at byte {block.offset}.*prepare again"):
+            reader.gather(np.array([0, 0]), np.array([0, block.rows]))
+        assert reader.gather(np.array([0]), np.array([0])).user_B.tolist() == [every[0]["user"]]
         with pytest.raises(CorruptFile, match="SHA-256"):
             manifest.verify()
     path.write_bytes(whole[:-600])

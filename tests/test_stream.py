@@ -5,16 +5,16 @@ import threading
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from dtrain.core.errors import ConfigError, CorruptFile
 from dtrain.core.world import World
+from dtrain.data.gather import Gathered
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.shards import ShardReader
-from dtrain.data.stream import SampleReader, StepSamples, Stream, StreamConfig
+from dtrain.data.stream import WINDOW_SAMPLES, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
 from tests.stream_toys import prepared
 
 
@@ -83,35 +83,95 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_was_not(
             assert first + [described(next(stream)) for _ in range(9 - cut)] == whole
 
 
+@pytest.mark.parametrize("cached_blocks", [1, 2, 1000])
+def test_gathering_is_reading_however_few_blocks_are_held(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cached_blocks: int
+) -> None:
+    reader, opened = ShardReader(manifest, "left", cached_blocks=cached_blocks), []
+    monkeypatch.setattr(
+        reader, "_open_block", lambda block, inner=reader._open_block: opened.append(block) or inner(block)
+    )
+    rng = np.random.default_rng(3)
+    for count in (0, 1, 200, 30):
+        shard_B = rng.integers(0, 4, count)
+        row_B = rng.integers(0, np.array([17, 30, 1, 12])[shard_B])
+        opened.clear()
+        got = reader.gather(shard_B, row_B)
+        assert cached_blocks < 4 or len(opened) == len(set(opened))
+        want = [reader.read(shard, [row]).to_pylist()[0] for shard, row in zip(shard_B.tolist(), row_B.tolist())]
+        assert got.user_B.tolist() == [row["user"] for row in want]
+        assert np.diff(got.offset_B).tolist() == [len(row["items"]) for row in want]
+        for values, name in ((got.item_T, "items"), (got.event_T, "events"), (got.weight_T, "weights")):
+            assert values.tolist() == [value for row in want for value in row[name]]
+
+
+def test_a_block_is_opened_once_while_it_is_used(
+    plan: Plan, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = {n: ShardReader(manifest, n, cached_blocks=blocks_at_once(plan.config, 1)) for n in manifest.platforms}
+    opened: list[tuple[str, int]] = []
+    for name, reader in readers.items():
+        monkeypatch.setattr(
+            reader,
+            "_open_block",
+            lambda block, name=name, inner=reader._open_block: opened.append((name, block)) or inner(block),
+        )
+    with Stream(plan, readers, World()) as stream:
+        for _ in range(100):
+            next(stream)
+    assert sorted(opened) == [
+        ("left", 0),
+        ("left", 1),
+        ("left", 2),
+        ("left", 3),
+        ("right", 0),
+        ("right", 1),
+        ("tiny", 0),
+    ]
+
+
 class CountingReader:
-    """Hands on to a reader, lists what was asked, and fails from a given read on."""
+    """Hands on to a reader, counts what was asked, and fails where one of `broken`, (shard, row), is asked for."""
 
-    def __init__(self, inner: SampleReader, fail_at: int = 10**9) -> None:
-        self.inner, self.fail_at, self.asked = inner, fail_at, [0]
+    def __init__(self, inner: SampleReader, broken: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.inner, self.broken, self.asked = inner, broken, 0
 
-    def read(self, shard: int, rows: np.ndarray) -> pa.Table:
-        if len(self.asked) > self.fail_at:
+    def gather(self, shard_B: np.ndarray, row_B: np.ndarray) -> Gathered:
+        self.asked += row_B.size
+        if self.broken & set(zip(shard_B.tolist(), row_B.tolist(), strict=True)):
             raise CorruptFile("shard 3: broken")
-        self.asked.append(shard)
-        return self.inner.read(shard, rows)
+        return self.inner.gather(shard_B, row_B)
 
 
 def test_starting_far_on_reads_only_the_steps_asked_for(plan: Plan, readers: dict[str, SampleReader]) -> None:
     counting = {name: CountingReader(reader) for name, reader in readers.items()}
-    with Stream(plan, counting, World(), 10**9, StreamConfig(prefetch=1)) as stream:
+    with Stream(plan, counting, World(), 10**9) as stream:
         assert next(stream).step == 10**9
-    shards = sum(len(platform.train) for platform in plan.manifest.platforms.values())
-    assert sum(len(reader.asked) - 1 for reader in counting.values()) <= 2 * shards  # one read a shard, two steps
+    assert 24 <= sum(reader.asked for reader in counting.values()) <= 24 + 2 * WINDOW_SAMPLES
 
 
 def test_an_error_is_raised_by_the_step_it_befell(plan: Plan, readers: dict[str, SampleReader]) -> None:
-    broken = {**readers, "tiny": CountingReader(readers["tiny"], fail_at=3)}  # one read of it a step
-    with Stream(plan, broken, World(), config=StreamConfig(prefetch=3)) as stream:
+    def rows_of(step: int) -> set[tuple[int, int]]:
+        planned = plan.step(step)
+        left = planned.platform_B == plan.platforms.index("left")
+        return set(zip(planned.shard_B[left].tolist(), planned.row_B[left].tolist(), strict=True))
+
+    broken = frozenset(rows_of(3) - rows_of(0) - rows_of(1) - rows_of(2))
+    assert broken
+    with Stream(plan, {**readers, "left": CountingReader(readers["left"], broken)}, World()) as stream:
         assert [next(stream).step for _ in range(3)] == [0, 1, 2]
         for _ in range(2):
             with pytest.raises(CorruptFile, match="shard 3: broken"):
                 next(stream)
         assert stream.step == 3
+
+
+def test_windows_of_steps_hold_what_single_steps_do(plan: Plan, readers: dict[str, SampleReader]) -> None:
+    with Stream(plan, readers, World(rank=1, size=3)) as stream:
+        got = [described(next(stream)) for _ in range(70)]  # the windows have 1, 1, 2, 4, 8, 16, 32, 64 steps
+    for step in (0, 1, 2, 3, 30, 69):
+        with Stream(plan, readers, World(rank=1, size=3), step) as stream:
+            assert described(next(stream)) == got[step]
 
 
 @pytest.fixture

@@ -75,9 +75,29 @@ class PlatformManifest:
     def files(self) -> list[FileEntry | ShardEntry]:
         return [self.catalog, self.valid, self.test, *self.train]
 
+    def to_json(self) -> dict[str, Any]:
+        """What `dataclasses.asdict` gives, without a deep copy of every block: a resume waits for it."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        for name in ("catalog", "valid", "test"):
+            values[name] = dataclasses.asdict(values[name])
+        values["train"] = [
+            {
+                "path": shard.path,
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "samples": shard.samples,
+                "blocks": [
+                    {"offset": block.offset, "bytes": block.bytes, "rows": block.rows, "crc32": block.crc32}
+                    for block in shard.blocks
+                ],
+            }
+            for shard in self.train
+        ]
+        return values
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> PlatformManifest:
-        """Read what `dataclasses.asdict` gave. Raises KeyError, TypeError, ValueError or AttributeError."""
+        """Read what `to_json` gave. Raises KeyError, TypeError, ValueError or AttributeError."""
         values = dict(raw)
         for name in ("catalog", "valid", "test"):
             values[name] = FileEntry(**values[name])
@@ -105,7 +125,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": self.schema_version,
-            "platforms": {name: dataclasses.asdict(p) for name, p in self.platforms.items()},
+            "platforms": {name: p.to_json() for name, p in self.platforms.items()},
         }
 
     def save(self) -> None:

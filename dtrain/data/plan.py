@@ -1,7 +1,7 @@
 """What every step trains on, as a pure function of manifest, mixture and seed; `docs/stream.md` has the formulas.
 
-Legend of shape suffixes: B samples of one step, K negatives of one block, P platforms, S shards, G shuffle groups,
-L lanes.
+Legend of shape suffixes: B samples of one step or of several, K negatives of one block, P platforms, S shards or
+steps, R runs of one platform in one step, G shuffle groups, L lanes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dtrain.data.manifest import Manifest, PlatformManifest
 from dtrain.data.mixture import Mixture
 from dtrain.data.permute import hash64, permute
 
-__all__ = ["BlockPlan", "Plan", "PlanConfig", "StepPlan", "rows_for"]
+__all__ = ["BlockPlan", "Plan", "PlanConfig", "StepPlan", "rows_for", "share_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +70,17 @@ def rows_for(plan: StepPlan, rank: int, size: int) -> slice:
 
     Raises ConfigError when there are more ranks than samples.
     """
-    if size > plan.row_B.size:
+    return share_of(plan.row_B.size, World(rank=rank, size=size))
+
+
+def share_of(samples: int, world: World) -> slice:
+    """The samples of a global batch of `samples` that are this rank's. Raises ConfigError when there are more ranks."""
+    if world.size > samples:
         raise ConfigError(
-            f"world size {size} exceeds the global batch of plan.samples={plan.row_B.size} samples; "
-            f"use at most {plan.row_B.size} ranks or raise plan.samples"
+            f"world size {world.size} exceeds the global batch of plan.samples={samples} samples; "
+            f"use at most {samples} ranks or raise plan.samples"
         )
-    return World(rank=rank, size=size).share(plan.row_B.size)
+    return world.share(samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,34 +166,47 @@ class Plan:
 
     def step(self, step: int) -> StepPlan:
         """The plan of optimizer step `step` (from `origin`)."""
-        own = step - self.origin
-        begin_P = self.mixture.counts(own, self.config.samples)
-        end_P = self.mixture.counts(own + 1, self.config.samples)
-        seed = seed_of(self.config.seed, "step", own)
-        shard_B, row_B = self._samples(begin_P, end_P)
-        count_P = end_P - begin_P
-        block_P = -(-count_P // self.config.block_samples)  # blocks of a platform, of nearly one size
-        within = [np.arange(n) * m // max(1, n) for n, m in zip(count_P.tolist(), block_P.tolist())]
-        first_P = np.cumsum(block_P) - block_P
-        return StepPlan(
-            step=step,
-            platform_B=np.repeat(np.arange(count_P.size, dtype=np.int16), count_P),
-            shard_B=shard_B,
-            row_B=row_B,
-            block_B=np.concatenate([w + first for w, first in zip(within, first_P)]).astype(np.int32),
-            blocks=self._blocks(np.repeat(np.arange(block_P.size), block_P), seed),
-            seed=seed,
-        )
+        return self.steps(step, 1)[0]
+
+    def steps(self, first: int, count: int) -> list[StepPlan]:
+        """The plans of steps first .. first + count - 1: what `step` says of each, at less cost a step."""
+        samples, own = self.config.samples, first - self.origin
+        before_SP = np.stack([self.mixture.counts(own + s, samples) for s in range(count + 1)])
+        count_SP = np.diff(before_SP, axis=0)
+        shard_B, row_B = self._samples(before_SP)
+        platform_B = np.repeat(np.tile(np.arange(len(self.platforms), dtype=np.int16), count), count_SP.ravel())
+        blocks_SP = -(-count_SP // self.config.block_samples)  # blocks of a platform, of nearly one size
+        first_SP = np.cumsum(blocks_SP, axis=1) - blocks_SP
+        start_R, count_R = (np.cumsum(count_SP) - count_SP.ravel(), count_SP.ravel())
+        within_B = np.arange(count * samples) - np.repeat(start_R, count_R)
+        block_B = within_B * np.repeat(blocks_SP.ravel(), count_R) // np.repeat(count_R, count_R)
+        block_B = (block_B + np.repeat(first_SP.ravel(), count_R)).astype(np.int32)
+        seeds = [seed_of(self.config.seed, "step", own + s) for s in range(count)]
+        blocks = self._blocks(blocks_SP, seeds)
+        plans = []
+        for s in range(count):
+            cut = slice(s * samples, (s + 1) * samples)
+            plan = StepPlan(
+                step=first + s,
+                platform_B=platform_B[cut],
+                shard_B=shard_B[cut],
+                row_B=row_B[cut],
+                block_B=block_B[cut],
+                blocks=blocks[s],
+                seed=seeds[s],
+            )
+            plans.append(plan)
+        return plans
 
     def _make_epoch(self, platform: int, epoch: int) -> _Epoch:
         entry = self._entries[platform]
         rows_S = np.array([shard.samples for shard in entry.train], np.int64)
         return _Epoch.make(rows_S, self.config, seed_of(self.config.seed, "epoch", entry.name, epoch))
 
-    def _samples(self, begin_P: np.ndarray, end_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) of each platform's samples number [begin, end), counted over epochs, by (platform, lane)."""
+    def _samples(self, before_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) of each platform's samples number before[s] .. before[s + 1], by (step s, platform, lane)."""
         pieces: list[tuple[int, _Epoch, np.ndarray]] = []
-        for platform, (begin, end) in enumerate(zip(begin_P.tolist(), end_P.tolist())):
+        for platform, (begin, end) in enumerate(zip(before_SP[0].tolist(), before_SP[-1].tolist())):
             size = int(self._samples_P[platform])
             while begin < end:
                 number, position = divmod(begin, size)
@@ -201,16 +219,28 @@ class Plan:
         lengths = [position.size for _, _, position in pieces]
         parts = np.split(flat_B, np.cumsum(lengths)[:-1])
         located = [epoch.locate(part) for (_, epoch, _), part in zip(pieces, parts)]
-        order_B = np.lexsort((lane_B, np.repeat([platform for platform, _, _ in pieces], lengths)))
+        steps, platforms = before_SP.shape[0] - 1, before_SP.shape[1]
+        step_B = np.concatenate([np.repeat(np.arange(steps), n) for n in np.diff(before_SP, axis=0).T])
+        platform_B = np.repeat([platform for platform, _, _ in pieces], lengths)
+        rank_B = (step_B * platforms + platform_B) * (int(lane_B.max()) + 1) + lane_B
+        order_B = np.argsort(rank_B.astype(np.min_scalar_type(rank_B.max())), kind="stable")  # 16 bits: a radix sort
         shard_B, row_B = (np.concatenate(column).astype(np.int32)[order_B] for column in zip(*located))
         return shard_B, row_B
 
-    def _blocks(self, platforms: np.ndarray, seed: int) -> tuple[BlockPlan, ...]:
-        """Contrast blocks of these platforms, each with negatives drawn without replacement from its catalogue."""
-        items = np.array([p.items for p in self._entries], np.int64)[platforms]
-        draws = np.minimum(items, self.config.negatives)
-        index = np.concatenate([np.arange(n) for n in draws.tolist()])
-        keys = hash64(seed, np.arange(platforms.size))
-        drawn = permute(index, np.repeat(items, draws), np.repeat(keys, draws)).astype(np.int32)
-        parts = np.split(drawn, np.cumsum(draws)[:-1])
-        return tuple(BlockPlan(platform=int(p), negatives_K=np.sort(part)) for p, part in zip(platforms, parts))
+    def _blocks(self, blocks_SP: np.ndarray, seeds: list[int]) -> list[tuple[BlockPlan, ...]]:
+        """Contrast blocks of each step, each with negatives drawn without replacement from its platform's catalogue."""
+        steps, count_P = blocks_SP.shape[0], np.array([p.items for p in self._entries], np.int64)
+        platform_N = np.repeat(np.tile(np.arange(count_P.size), steps), blocks_SP.ravel())  # N: blocks of all steps
+        count_S = blocks_SP.sum(axis=1)
+        number_N = np.arange(platform_N.size) - np.repeat(np.cumsum(count_S) - count_S, count_S)
+        key_N = hash64(np.repeat(np.array(seeds, np.uint64), count_S), number_N)
+        items_N = count_P[platform_N]
+        draws_N = np.minimum(items_N, self.config.negatives)
+        end_N = np.cumsum(draws_N)
+        index = np.arange(end_N[-1]) - np.repeat(end_N - draws_N, draws_N)
+        drawn = permute(index, np.repeat(items_N, draws_N), np.repeat(key_N, draws_N)).astype(np.int32)
+        blocks = []
+        for platform, begin, end in zip(platform_N.tolist(), (end_N - draws_N).tolist(), end_N.tolist()):
+            drawn[begin:end].sort()
+            blocks.append(BlockPlan(platform=platform, negatives_K=drawn[begin:end]))
+        return [tuple(blocks[end - n : end]) for n, end in zip(count_S.tolist(), np.cumsum(count_S).tolist())]

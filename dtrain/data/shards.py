@@ -8,8 +8,9 @@ records where each block lies, so reading a sample touches only its block.
 
 from __future__ import annotations
 
-import functools
+import os
 import tarfile
+import threading
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file
+from dtrain.data.gather import Gathered, RaggedPool, Slots
 from dtrain.data.manifest import BlockEntry, Manifest, ShardEntry
 from dtrain.data.schema import SAMPLE
 
@@ -28,6 +30,8 @@ __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
 #: Samples in a tar member at most, and in a tar file at most.
 BLOCK_SAMPLES = 256
 SHARD_SAMPLES = 4096
+
+_POSITION: tuple[type[np.generic], ...] = (np.int32, np.int8, np.float32)  # item, event and weight
 
 
 def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str) -> ShardEntry:
@@ -62,7 +66,8 @@ def _ipc_bytes(table: pa.Table) -> bytes:
 class ShardReader:
     """Random access to the training samples of one platform.
 
-    Shards are memory-mapped; the last `cached_blocks` blocks stay open. Safe to call from several threads.
+    `gather` keeps up to `cached_blocks` blocks unpacked in memory, where each takes about what it takes on disk less
+    its times. A block is read whole, and its digest checked, when it is opened. Safe to call from several threads.
     """
 
     def __init__(self, manifest: Manifest, platform: str, *, cached_blocks: int = 32) -> None:
@@ -70,8 +75,15 @@ class ShardReader:
         self.platform = platform
         self.shards = entry.train
         self._root = manifest.root
-        self._starts = [np.cumsum([0, *(block.rows for block in shard.blocks)]) for shard in entry.train]
-        self._block = functools.lru_cache(maxsize=cached_blocks)(self._open_block)
+        self._blocks = [(shard, number) for shard, e in enumerate(entry.train) for number in range(len(e.blocks))]
+        every = [block for shard in entry.train for block in shard.blocks]
+        self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
+        self._start_of_block = np.cumsum([0, *(block.rows for block in every)])
+        self._slots = Slots(min(cached_blocks, len(every)), len(every))
+        rows = max((block.rows for block in every), default=0)
+        self._windows = RaggedPool(self._slots.count, rows, _POSITION)
+        self._users = RaggedPool(self._slots.count, rows, (np.uint8,))
+        self._lock = threading.Lock()
 
     def read(self, shard: int, rows: Sequence[int] | np.ndarray) -> pa.Table:
         """The samples at `rows` of shard number `shard`, in the order asked for, as a table with SAMPLE schema.
@@ -79,39 +91,90 @@ class ShardReader:
         Raises DataError for a shard or row that does not exist, CorruptFile for a block that is not what `prepare`
         wrote.
         """
-        if not 0 <= shard < len(self.shards):
-            raise DataError(f"platform {self.platform!r}: no shard {shard}; it has {len(self.shards)}")
         wanted = np.asarray(rows, dtype=np.int64)
+        block_B, row_B = self._locate(np.full(wanted.size, shard, np.int64), wanted)
         if wanted.size == 0:
             return SAMPLE.empty_table()
-        starts = self._starts[shard]
-        if wanted.min() < 0 or wanted.max() >= starts[-1]:
-            raise DataError(
-                f"{self.shards[shard].path}: no row {int(wanted.max() if wanted.min() >= 0 else wanted.min())}; "
-                f"it holds rows 0 to {int(starts[-1]) - 1}"
-            )
-        block_of = np.searchsorted(starts, wanted, side="right") - 1
-        order = np.argsort(block_of, kind="stable")
-        parts = []
-        for number in np.unique(block_of).tolist():
-            chosen = wanted[block_of == number] - starts[number]
-            parts.append(self._block(shard, number).take(pa.array(chosen)))
-        return pa.concat_tables(parts).take(pa.array(np.argsort(order))).combine_chunks()
+        order_B = np.argsort(block_B, kind="stable")
+        parts = [
+            pa.Table.from_batches([self._open_block(block)]).take(pa.array(row_B[block_B == block]))
+            for block in np.unique(block_B).tolist()
+        ]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(order_B))).combine_chunks()
 
-    def _open_block(self, shard: int, number: int) -> pa.Table:
+    def gather(self, shard_B: np.ndarray, row_B: np.ndarray) -> Gathered:
+        """The samples at row[b] of shard number shard[b], in that order. Raises as `read` does."""
+        block_B, place_B = self._locate(shard_B.astype(np.int64), row_B.astype(np.int64))
+        with self._lock:
+            return self._gather(block_B, place_B)
+
+    def _gather(self, block_B: np.ndarray, row_B: np.ndarray) -> Gathered:
+        if block_B.size > self._slots.count and np.unique(block_B).size > self._slots.count:
+            half = block_B.size // 2
+            parts = ((block_B[:half], row_B[:half]), (block_B[half:], row_B[half:]))
+            return Gathered.joined([self._gather(*part) for part in parts])
+        missing = self._slots.missing(block_B)
+        for slot, block in zip(self._slots.room(missing.size).tolist(), missing.tolist()):
+            self._unpack(slot, block)
+            self._slots.fill(slot, block)
+        slot_B = self._slots.find(block_B)
+        offset_B, (item_T, event_T, weight_T) = self._windows.take(slot_B, row_B)
+        letter_B, (letter_T,) = self._users.take(slot_B, row_B)
+        user_B = _text(np.diff(letter_B), letter_T)
+        return Gathered(user_B=user_B, offset_B=offset_B, item_T=item_T, event_T=event_T, weight_T=weight_T)
+
+    def _locate(self, shard_B: np.ndarray, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the block among the platform's, row of the block) of each sample."""
+        if shard_B.size and not (shard_B.min() >= 0 and shard_B.max() < len(self.shards)):
+            shard = int(shard_B.min() if shard_B.min() < 0 else shard_B.max())
+            raise DataError(f"platform {self.platform!r}: no shard {shard}; it has {len(self.shards)}")
+        start_B = self._start_of_shard[shard_B]
+        rows_B = self._start_of_shard[shard_B + 1] - start_B
+        bad = np.flatnonzero((row_B < 0) | (row_B >= rows_B))
+        if bad.size:
+            shard, row, rows = (int(a[bad[0]]) for a in (shard_B, row_B, rows_B))
+            raise DataError(f"{self.shards[shard].path}: no row {row}; it holds rows 0 to {rows - 1}")
+        block_B = np.searchsorted(self._start_of_block, start_B + row_B, side="right") - 1
+        return block_B, start_B + row_B - self._start_of_block[block_B]
+
+    def _unpack(self, slot: int, block: int) -> None:
+        user, *lists, _ = self._open_block(block).columns
+        values = [_values(column, dtype) for column, dtype in zip(lists, _POSITION, strict=True)]
+        self._windows.put(slot, _offsets(lists[0]), values)
+        self._users.put(slot, _offsets(user), [_values(user, np.uint8)])
+
+    def _open_block(self, index: int) -> pa.RecordBatch:
+        shard, number = self._blocks[index]
         entry = self.shards[shard]
         block = entry.blocks[number]
-        path = self._root / entry.path
-        where = f"{path}: block {number} at byte {block.offset}"
+        path = f"{self._root}/{entry.path}"
         fix = "prepare again or restore the file"
-        if not path.is_file():
-            raise CorruptFile(f"{path}: in the manifest, not on disk; {fix}")
-        size = path.stat().st_size
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                buffer = os.pread(file.fileno(), block.bytes, block.offset)
+        except FileNotFoundError:
+            raise CorruptFile(f"{path}: in the manifest, not on disk; {fix}") from None
+        where = f"{path}: block {number} at byte {block.offset}"
         if size != entry.bytes:
             raise CorruptFile(f"{where}: the shard has {size} bytes, {entry.bytes} in the manifest; {fix}")
-        with pa.memory_map(str(path)) as mapped:
-            mapped.seek(block.offset)
-            buffer = mapped.read_buffer(block.bytes)
         if zlib.crc32(buffer) != block.crc32:
             raise CorruptFile(f"{where}: its CRC-32 is not the manifest's, so it was changed; {fix}")
-        return pa.ipc.open_file(buffer).read_all()
+        return pa.ipc.open_file(pa.py_buffer(buffer)).get_batch(0)  # `write_shard` writes one
+
+
+# Straight from the buffers, which lie end to end in a block as `write_shard` writes it: `to_numpy` would import pandas.
+def _offsets(column: pa.Array) -> np.ndarray:
+    return np.frombuffer(column.buffers()[1], np.int32, len(column) + 1)
+
+
+def _values(column: pa.Array, dtype: type[np.generic]) -> np.ndarray:
+    return np.frombuffer(column.buffers()[-1] or b"", dtype, int(_offsets(column)[-1]))
+
+
+def _text(length_B: np.ndarray, letter_T: np.ndarray) -> np.ndarray:
+    """str [B] of ASCII letters end to end: keyed hashes are hex digits."""
+    width = max(1, int(length_B.max(initial=0)))
+    code_BW = np.zeros((length_B.size, width), np.uint32)
+    code_BW[np.arange(width) < length_B[:, None]] = letter_T
+    return code_BW.view(f"U{width}")[:, 0]

@@ -12,20 +12,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
-from dtrain.data.plan import Plan, StepPlan, rows_for
+from dtrain.data.gather import Gathered
+from dtrain.data.plan import Plan, PlanConfig, StepPlan, share_of
+from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
 
-__all__ = ["SampleReader", "StepSamples", "Stream", "StreamConfig"]
+__all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
+
+#: Samples of all ranks that are planned and read at once, at most (but a step at least).
+WINDOW_SAMPLES = 8192
 
 
 class SampleReader(Protocol):
     """What the stream needs of `ShardReader`, one for each platform."""
 
-    def read(self, shard: int, rows: np.ndarray) -> pa.Table:
-        """The samples at `rows` of shard number `shard`, in that order, in the SAMPLE schema."""
+    def gather(self, shard_B: np.ndarray, row_B: np.ndarray) -> Gathered:
+        """The samples at row[b] of shard number shard[b], in that order."""
         ...
 
 
@@ -33,12 +37,22 @@ class SampleReader(Protocol):
 class StreamConfig:
     """How a rank reads the plan. Nothing here changes what a step trains on."""
 
-    prefetch: int = 2  # steps read ahead of the one in training
+    prefetch: int = 2  # steps read ahead of the one in training, at least
     ledger: bool = False  # record the sample ids that each step consumed, in the checkpoints
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:
             raise ConfigError(f"stream.prefetch={self.prefetch}: must be at least 1 step")
+
+
+def blocks_at_once(config: PlanConfig, size: int) -> int:
+    """Blocks of a platform for one of `size` ranks to hold, so that each is opened once an epoch or little more often.
+
+    A lane's samples come from one shuffle group at a time, and a rank's come from its share of the lanes. Half as many
+    again, since lanes go from group to group at different times.
+    """
+    lanes = min(config.lanes, config.lanes // size + 2)
+    return 3 * lanes * config.shuffle_shards * (SHARD_SAMPLES // BLOCK_SAMPLES) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,7 +73,9 @@ class Stream(Iterator[StepSamples]):
     """Endless iterator over a rank's steps, from `start_step` on. Use as a context manager, or call `close`.
 
     Its whole state is `step`, the next step to hand out: what is read ahead does not count. Starting at any step
-    costs the same. An error in the background thread is raised by `next` for the step it befell.
+    costs the same: the first step is read alone, what follows in windows of ever more steps, up to about
+    `WINDOW_SAMPLES`, since planning and reading many samples at once costs less a sample. An error in the background
+    thread is raised by `next` for the step it befell.
 
     Raises ConfigError when there are more ranks than samples in a step.
     """
@@ -72,27 +88,35 @@ class Stream(Iterator[StepSamples]):
         start_step: int = 0,
         config: StreamConfig | None = None,
     ) -> None:
-        rows_for(plan.step(start_step), world.rank, world.size)
+        self._local = share_of(plan.config.samples, world)
         self.step = start_step
-        self._plan, self._world = plan, world
+        self._plan = plan
         self._readers = [readers[name] for name in plan.platforms]
+        self._window = max(1, WINDOW_SAMPLES // plan.config.samples)  # steps
+        self._ahead = max((config or StreamConfig()).prefetch, self._window)
+        self._start, self._asked = start_step, start_step  # steps below `asked` are read or being read
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-stream")
-        self._ahead: deque[Future[StepSamples]] = deque()
-        for step in range(start_step, start_step + (config or StreamConfig()).prefetch):
-            self._ahead.append(self._pool.submit(self._read, step))
+        self._windows: deque[Future[list[StepSamples | Exception]]] = deque()
+        self._ready: deque[StepSamples | Exception] = deque()
+        self._read_ahead()
 
     def __next__(self) -> StepSamples:
-        if not self._ahead:
-            raise ValueError("the stream is closed")
-        samples = self._ahead[0].result()
-        self._ahead.popleft()
-        self._ahead.append(self._pool.submit(self._read, self.step + len(self._ahead) + 1))
+        if not self._ready:
+            if not self._windows:
+                raise ValueError("the stream is closed")
+            self._ready.extend(self._windows.popleft().result())
+        samples = self._ready[0]
+        if isinstance(samples, Exception):
+            raise samples
+        self._ready.popleft()
         self.step += 1
+        self._read_ahead()
         return samples
 
     def close(self) -> None:
         """Stop reading ahead and wait for the background thread."""
-        self._ahead.clear()
+        self._windows.clear()
+        self._ready.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Stream:
@@ -101,27 +125,45 @@ class Stream(Iterator[StepSamples]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _read(self, step: int) -> StepSamples:
-        plan = self._plan.step(step)
-        local = rows_for(plan, self._world.rank, self._world.size)
-        platform_B, shard_B, row_B = plan.platform_B[local], plan.shard_B[local], plan.row_B[local]
-        order_B = np.lexsort((row_B, shard_B, platform_B))  # one read a shard, its rows ascending
-        key_B = platform_B[order_B].astype(np.int64) << 32 | shard_B[order_B]
-        starts = np.flatnonzero(np.diff(key_B, prepend=-1))
-        tables = [
-            self._readers[platform_B[part[0]]].read(int(shard_B[part[0]]), row_B[part])
-            for part in np.split(order_B, starts[1:])
-        ]
-        table = pa.concat_tables(tables).take(pa.array(np.argsort(order_B))).combine_chunks()
-        items, events, weights = (table.column(name).combine_chunks() for name in ("items", "events", "weights"))
-        offset_B = items.offsets.to_numpy().astype(np.int64)
-        return StepSamples(
-            step=step,
-            plan=plan,
-            local=local,
-            user_B=table.column("user").to_numpy(),
-            offset_B=offset_B - offset_B[0],
-            item_T=items.flatten().to_numpy(),
-            event_T=events.flatten().to_numpy(),
-            weight_T=weights.flatten().to_numpy(),
+    def _read_ahead(self) -> None:
+        while self._asked < self.step + self._ahead:
+            count = min(self._window, max(1, self._asked - self._start))  # 1, 1, 2, 4, ...
+            self._windows.append(self._pool.submit(self._read, self._asked, count))
+            self._asked += count
+
+    def _read(self, first: int, count: int) -> list[StepSamples | Exception]:
+        """Steps first .. first + count - 1, with the error in place of a step that can't be read."""
+        try:
+            return list(self._read_window(first, count))
+        except Exception as error:  # raised by `next`
+            if count == 1:
+                return [error]
+            return [one for step in range(first, first + count) for one in self._read(step, 1)]
+
+    def _read_window(self, first: int, count: int) -> Iterator[StepSamples]:
+        plans = self._plan.steps(first, count)
+        platform_B, shard_B, row_B = (
+            np.concatenate([getattr(plan, name)[self._local] for plan in plans])
+            for name in ("platform_B", "shard_B", "row_B")
         )
+        gathered = []
+        for platform, reader in enumerate(self._readers):
+            own_B = platform_B == platform
+            gathered.append(reader.gather(shard_B[own_B], row_B[own_B]))
+        taken = [0] * len(gathered)
+        for plan in plans:
+            parts = []
+            for platform, n in enumerate(np.bincount(plan.platform_B[self._local], minlength=len(taken)).tolist()):
+                parts.append(gathered[platform].part(taken[platform], taken[platform] + n))
+                taken[platform] += n
+            own = Gathered.joined(parts)
+            yield StepSamples(
+                step=plan.step,
+                plan=plan,
+                local=self._local,
+                user_B=own.user_B,
+                offset_B=own.offset_B,
+                item_T=own.item_T,
+                event_T=own.event_T,
+                weight_T=own.weight_T,
+            )

@@ -23,7 +23,7 @@ from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
 from dtrain.data.mixture import Mixture
 from dtrain.data.shards import ShardReader
-from dtrain.data.stream import Stream
+from dtrain.data.stream import Stream, blocks_at_once
 from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
@@ -42,8 +42,6 @@ from dtrain.train.validation import validator
 __all__ = ["run_job", "set_threads"]
 
 log = logging.getLogger("dtrain")
-
-_CACHED_BLOCKS = 2048  # of each platform; memory-mapped, so they cost address space and no memory of their own
 
 
 def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> str:
@@ -106,7 +104,8 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
     plan = run.eras.current.make_plan(inputs.manifest)
-    readers = {name: ShardReader(inputs.manifest, name, cached_blocks=_CACHED_BLOCKS) for name in inputs.platforms}
+    blocks = blocks_at_once(run.eras.current.plan, comm.world.size)
+    readers = {name: ShardReader(inputs.manifest, name, cached_blocks=blocks) for name in inputs.platforms}
     with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
         loop = Loop(
             config=config.train,

@@ -1,0 +1,116 @@
+"""Blocks of ragged rows laid in shared arrays, so that samples of a thousand blocks are gathered in one go.
+
+Legend of shape suffixes: S slots, R rows of a block and one more, B rows asked for, T their values end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Gathered", "RaggedPool", "Slots"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gathered:
+    """Samples as arrays; sample b has positions offset[b] .. offset[b + 1] of T."""
+
+    user_B: np.ndarray  # str, keyed hashes
+    offset_B: np.ndarray  # int64 [B + 1]
+    item_T: np.ndarray  # int32 catalogue rows, oldest first
+    event_T: np.ndarray  # int8 event types
+    weight_T: np.ndarray  # float32, above 0 where the position is a target
+
+    def part(self, begin: int, end: int) -> Gathered:
+        """Samples begin .. end, without a copy."""
+        first, last = self.offset_B[begin], self.offset_B[end]
+        return Gathered(
+            user_B=self.user_B[begin:end],
+            offset_B=self.offset_B[begin : end + 1] - first,
+            item_T=self.item_T[first:last],
+            event_T=self.event_T[first:last],
+            weight_T=self.weight_T[first:last],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Gathered]) -> Gathered:
+        """The samples of `parts`, at least one, one after the other."""
+        shift = np.cumsum([0, *(part.item_T.size for part in parts)]).tolist()
+        return cls(
+            user_B=np.concatenate([part.user_B for part in parts]),
+            offset_B=np.concatenate([[0], *(part.offset_B[1:] + first for part, first in zip(parts, shift))]),
+            item_T=np.concatenate([part.item_T for part in parts]),
+            event_T=np.concatenate([part.event_T for part in parts]),
+            weight_T=np.concatenate([part.weight_T for part in parts]),
+        )
+
+
+class RaggedPool:
+    """Slots that each hold a block of up to `rows` ragged rows, in one array a field; fields share the rows' lengths.
+
+    Every slot is as wide as the longest block so far, a little more at least.
+    """
+
+    def __init__(self, slots: int, rows: int, fields: Sequence[type[np.generic]]) -> None:
+        self._start_SR = np.zeros((slots, rows + 1), np.int32)
+        self._fields = [np.empty((slots, 0), field) for field in fields]
+
+    def put(self, slot: int, offset_R: np.ndarray, values: Sequence[np.ndarray]) -> None:
+        """Fill `slot`: row r of the block has values offset[r] .. offset[r + 1] of each field."""
+        if offset_R[-1] > self._fields[0].shape[1]:
+            self._widen(int(offset_R[-1]))
+        self._start_SR[slot, : offset_R.size] = offset_R
+        for field, value in zip(self._fields, values, strict=True):
+            field[slot, : value.size] = value
+
+    def _widen(self, width: int) -> None:
+        wider = [np.empty((field.shape[0], width * 9 // 8), field.dtype) for field in self._fields]
+        for old, new in zip(self._fields, wider):
+            new[:, : old.shape[1]] = old
+        self._fields = wider
+
+    def take(self, slot_B: np.ndarray, row_B: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(offset [B + 1], the values of each field [T]) of these rows of these slots, end to end."""
+        start_B = self._start_SR[slot_B, row_B]
+        offset_B = np.zeros(start_B.size + 1, np.int64)
+        length_B = self._start_SR[slot_B, row_B + 1] - start_B
+        np.cumsum(length_B, out=offset_B[1:])
+        at_T = np.repeat(slot_B * self._fields[0].shape[1] + start_B - offset_B[:-1], length_B)
+        at_T += np.arange(at_T.size)
+        return offset_B, [field.ravel().take(at_T) for field in self._fields]
+
+
+class Slots:
+    """Which of `blocks` blocks lie in which of `slots` slots; the one not asked for the longest makes room."""
+
+    def __init__(self, slots: int, blocks: int) -> None:
+        self.count = slots
+        self._slot_of = np.full(blocks, -1, np.int64)
+        self._block_in = np.full(slots, -1, np.int64)
+        self._used = np.zeros(slots, np.int64)
+        self._clock = 0
+
+    def find(self, block_B: np.ndarray) -> np.ndarray:
+        """int64 [B]: the slot of each block, -1 for those that are in none."""
+        return np.asarray(self._slot_of[block_B])
+
+    def missing(self, block_B: np.ndarray) -> np.ndarray:
+        """The distinct blocks that are in no slot; the slots of the others are marked as used now."""
+        self._clock += 1
+        slot_B = self._slot_of[block_B]
+        self._used[slot_B[slot_B >= 0]] = self._clock
+        return np.unique(block_B[slot_B < 0])
+
+    def room(self, count: int) -> np.ndarray:
+        """`count` slots, emptied, of those not used for the longest."""
+        slots = np.argsort(self._used, kind="stable")[:count]
+        old = self._block_in[slots]
+        self._slot_of[old[old >= 0]] = -1
+        self._block_in[slots] = -1
+        return slots
+
+    def fill(self, slot: int, block: int) -> None:
+        """`block` lies in `slot` from now on."""
+        self._slot_of[block], self._block_in[slot], self._used[slot] = slot, block, self._clock
