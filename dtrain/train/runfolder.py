@@ -31,7 +31,6 @@ __all__ = ["LIBRARIES", "REQUEST", "RunFolder", "is_gone", "open_log", "read_out
 
 LIBRARIES = ("dtrain", "torch", "transformers", "deepspeed", "pyarrow", "webdataset", "numpy", "tokenizers")
 
-
 #: Why a run stops when it was no signal that asked it.
 REQUEST = "dtrain stop"
 
@@ -59,12 +58,18 @@ def stop_request(path: Path, start_id: str) -> Path:
     return path / f"stop-{start_id}"
 
 
+def _host() -> str:
+    """Where a process number means something: the host, and the container in it, which may share the host's name."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {os.readlink(space)}" if space.is_symlink() else socket.gethostname()
+
+
 def is_gone(outcome: dict[str, Any]) -> bool:
     """True when `outcome` says running, but its process was on this host and is there no more (killed, or lost power).
 
     A process number that was given to another process since is told by its time of creation.
     """
-    if outcome.get("status") != "running" or outcome.get("host") != socket.gethostname():
+    if outcome.get("status") != "running" or outcome.get("host") != _host():
         return False
     try:
         process = psutil.Process(int(outcome["pid"]))
@@ -109,7 +114,7 @@ class RunFolder:
         for stale in self.path.glob("stop-*"):
             stale.unlink(missing_ok=True)
         self.start_id = secrets.token_hex(8)
-        process = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+        process = {"host": _host(), "pid": os.getpid(), "created": psutil.Process().create_time()}
         self.outcome("running", **process)
 
     def start(self, config_yaml: str, facts: dict[str, Any]) -> None:
@@ -143,9 +148,11 @@ class RunFolder:
         """How the run stands: running, completed, stopped_early, stopped, interrupted or failed.
 
         The first status other than running stays: a thread that gives up on the run may write it before the run does.
+        An older start, which has lost the run to a newer one, says no more.
         """
         with self._outcome:
-            if self.writes and not self._ended:
+            lost = status != "running" and self.read_outcome().get("start", self.start_id) != self.start_id
+            if self.writes and not self._ended and not lost:
                 self._ended = status != "running"
                 write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
 
