@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
-from dtrain.train.runfolder import RunFolder
+from dtrain.train.runfolder import RunFolder, is_gone, read_outcome
 from dtrain.train.stopping import Stopping, aggregate
 
 
@@ -52,6 +52,26 @@ def test_a_resumed_run_forgets_lines_of_steps_it_takes_again_and_torn_ones(tmp_p
         {"step": 2, "loss": 1.0},
         {"step": 1, "valid": {}},
     ]
+
+
+def test_only_the_newest_start_says_how_a_run_ended_and_only_once(tmp_path: Path) -> None:
+    older, newer = RunFolder(tmp_path, writes=True), RunFolder(tmp_path, writes=True)
+    older.begin()
+    newer.begin()
+    older.outcome("failed", error="taken over")
+    assert read_outcome(tmp_path)["status"] == "running"
+    assert not is_gone(read_outcome(tmp_path))
+    newer.outcome("stopped", signal="SIGTERM")
+    newer.outcome("failed", error="late")
+    assert read_outcome(tmp_path) == {"status": "stopped", "start": newer.start_id, "signal": "SIGTERM"}
+
+
+def test_a_process_number_that_was_given_away_is_not_the_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    folder.begin()
+    running = read_outcome(tmp_path)
+    assert is_gone({**running, "created": running["created"] - 60})
+    assert not is_gone({**running, "created": running["created"] - 60, "host": "elsewhere"})
 
 
 def test_shares_of_any_world_cover_everything_once() -> None:
