@@ -22,7 +22,7 @@ import pyarrow as pa
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file
 from dtrain.data.gather import Gathered, RaggedPool, Slots
-from dtrain.data.manifest import BlockEntry, Manifest, ShardEntry
+from dtrain.data.manifest import BlockEntry, BlockTable, Manifest, ShardEntry
 from dtrain.data.schema import SAMPLE
 
 __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
@@ -52,7 +52,7 @@ def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str) ->
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         samples=samples.num_rows,
-        blocks=tuple(blocks),
+        blocks=BlockTable.of(blocks),
     )
 
 
@@ -76,13 +76,12 @@ class ShardReader:
         self.shards = entry.train
         self._root = manifest.root
         self._blocks = [(shard, number) for shard, e in enumerate(entry.train) for number in range(len(e.blocks))]
-        every = [block for shard in entry.train for block in shard.blocks]
+        rows = [count for shard in entry.train for count in shard.blocks.rows]
         self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
-        self._start_of_block = np.cumsum([0, *(block.rows for block in every)])
-        self._slots = Slots(min(cached_blocks, len(every)), len(every))
-        rows = max((block.rows for block in every), default=0)
-        self._windows = RaggedPool(self._slots.count, rows, _POSITION)
-        self._users = RaggedPool(self._slots.count, rows, (np.uint8,))
+        self._start_of_block = np.cumsum([0, *rows])
+        self._slots = Slots(min(cached_blocks, len(rows)), len(rows))
+        self._windows = RaggedPool(self._slots.count, max(rows, default=0), _POSITION)
+        self._users = RaggedPool(self._slots.count, max(rows, default=0), (np.uint8,))
         self._lock = threading.Lock()
 
     def read(self, shard: int, rows: Sequence[int] | np.ndarray) -> pa.Table:
