@@ -138,9 +138,11 @@ class ShardReader:
 
     def _unpack(self, slot: int, block: int) -> None:
         user, *lists, _ = self._open_block(block).columns
-        values = [_values(column, dtype) for column, dtype in zip(lists, _POSITION, strict=True)]
-        self._windows.put(slot, _offsets(lists[0]), values)
-        self._users.put(slot, _offsets(user), [_values(user, np.uint8)])
+        offset_R, item_T = _ragged(lists[0], _POSITION[0])
+        others = [_ragged(column, dtype)[1] for column, dtype in zip(lists[1:], _POSITION[1:], strict=True)]
+        self._windows.put(slot, offset_R, [item_T, *others])
+        offset_R, letter_T = _ragged(user, np.uint8)
+        self._users.put(slot, offset_R, [letter_T])
 
     def _open_block(self, index: int) -> pa.RecordBatch:
         shard, number = self._blocks[index]
@@ -162,13 +164,11 @@ class ShardReader:
         return pa.ipc.open_file(pa.py_buffer(buffer)).get_batch(0)  # `write_shard` writes one
 
 
-# Straight from the buffers, which lie end to end in a block as `write_shard` writes it: `to_numpy` would import pandas.
-def _offsets(column: pa.Array) -> np.ndarray:
-    return np.frombuffer(column.buffers()[1], np.int32, len(column) + 1)
-
-
-def _values(column: pa.Array, dtype: type[np.generic]) -> np.ndarray:
-    return np.frombuffer(column.buffers()[-1] or b"", dtype, int(_offsets(column)[-1]))
+def _ragged(column: pa.Array, dtype: type[np.generic]) -> tuple[np.ndarray, np.ndarray]:
+    """(offset [R], values) of strings or lists, as they lie in a block; `to_numpy` would import pandas."""
+    _, offsets, *_, values = column.buffers()
+    offset_R = np.frombuffer(offsets, np.int32, len(column) + 1)
+    return offset_R, np.frombuffer(values or b"", dtype, int(offset_R[-1]))
 
 
 def _text(length_B: np.ndarray, letter_T: np.ndarray) -> np.ndarray:
