@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.storage import sha256_file
-from dtrain.data.manifest import SCHEMA_VERSION, FileEntry, Manifest, PlatformManifest, ShardEntry
+from dtrain.data.manifest import SCHEMA_VERSION, BlockTable, FileEntry, Manifest, PlatformManifest, ShardEntry
 from dtrain.data.schema import CATALOG, SAMPLE
 from dtrain.data.shards import write_shard
 from tests.conftest import WORDS
@@ -28,7 +28,7 @@ def bare_manifest(shape: Shape, root: Path = Path("nowhere")) -> Manifest:
                 items,
                 FileEntry(path=f"{name}/catalog.arrow", bytes=0, sha256=""),
                 [
-                    ShardEntry(path=f"{name}/{i}.tar", bytes=0, sha256="", samples=n, blocks=())
+                    ShardEntry(path=f"{name}/{i}.tar", bytes=0, sha256="", samples=n, blocks=BlockTable.of([]))
                     for i, n in enumerate(shards)
                 ],
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import resource
 import signal
@@ -279,3 +280,14 @@ def test_out_that_can_not_be_a_folder(tmp_path: Path) -> None:
     shop = write_shop(tmp_path / "raw", random_rows(0))
     with pytest.raises(DataError, match="can't be written"):
         prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "file" / "out")))
+
+
+def test_a_manifest_whose_columns_of_blocks_differ_in_length_is_refused(tmp_path: Path) -> None:
+    manifest = prepare(config_of(tmp_path, {"shop": write_shop(tmp_path / "raw", random_rows(5))})).manifest
+    path = manifest.root / "manifest.json"
+    raw = json.loads(path.read_text())
+    assert Manifest.load(manifest.root) == manifest
+    raw["platforms"]["shop"]["train"][0]["blocks"]["crc32"].pop()
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="columns of blocks differ in length"):
+        Manifest.load(manifest.root)

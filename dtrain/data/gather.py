@@ -56,6 +56,7 @@ class RaggedPool:
     def __init__(self, slots: int, rows: int, fields: Sequence[type[np.generic]]) -> None:
         self._start_SR = np.zeros((slots, rows + 1), np.int32)
         self._fields = [np.empty((slots, 0), field) for field in fields]
+        self._filled = 0  # no slot from this one on was ever filled
 
     def put(self, slot: int, offset_R: np.ndarray, values: Sequence[np.ndarray]) -> None:
         """Fill `slot`: row r of the block has values offset[r] .. offset[r + 1] of each field."""
@@ -64,11 +65,12 @@ class RaggedPool:
         self._start_SR[slot, : offset_R.size] = offset_R
         for field, value in zip(self._fields, values, strict=True):
             field[slot, : value.size] = value
+        self._filled = max(self._filled, slot + 1)
 
     def _widen(self, width: int) -> None:
         wider = [np.empty((field.shape[0], width * 9 // 8), field.dtype) for field in self._fields]
         for old, new in zip(self._fields, wider):
-            new[:, : old.shape[1]] = old
+            new[: self._filled, : old.shape[1]] = old[: self._filled]
         self._fields = wider
 
     def take(self, slot_B: np.ndarray, row_B: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

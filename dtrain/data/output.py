@@ -63,7 +63,7 @@ class OutputFolder:
 
     def finish(self, folder: Path, platform: PlatformManifest) -> None:
         """Give a whole build, made in `folder`, its place: durable first, then visible."""
-        write_json(folder / "build.json", dataclasses.asdict(platform))
+        write_json(folder / "build.json", platform.to_json())
         for path in folder.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

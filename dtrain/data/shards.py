@@ -22,7 +22,7 @@ import pyarrow as pa
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file
 from dtrain.data.gather import Gathered, RaggedPool, Slots
-from dtrain.data.manifest import BlockEntry, Manifest, ShardEntry
+from dtrain.data.manifest import BlockEntry, BlockTable, Manifest, ShardEntry
 from dtrain.data.schema import SAMPLE
 
 __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
@@ -52,7 +52,7 @@ def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str) ->
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         samples=samples.num_rows,
-        blocks=tuple(blocks),
+        blocks=BlockTable.of(blocks),
     )
 
 
@@ -76,13 +76,12 @@ class ShardReader:
         self.shards = entry.train
         self._root = manifest.root
         self._blocks = [(shard, number) for shard, e in enumerate(entry.train) for number in range(len(e.blocks))]
-        every = [block for shard in entry.train for block in shard.blocks]
+        rows = [count for shard in entry.train for count in shard.blocks.rows]
         self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
-        self._start_of_block = np.cumsum([0, *(block.rows for block in every)])
-        self._slots = Slots(min(cached_blocks, len(every)), len(every))
-        rows = max((block.rows for block in every), default=0)
-        self._windows = RaggedPool(self._slots.count, rows, _POSITION)
-        self._users = RaggedPool(self._slots.count, rows, (np.uint8,))
+        self._start_of_block = np.cumsum([0, *rows])
+        self._slots = Slots(min(cached_blocks, len(rows)), len(rows))
+        self._windows = RaggedPool(self._slots.count, max(rows, default=0), _POSITION)
+        self._users = RaggedPool(self._slots.count, max(rows, default=0), (np.uint8,))
         self._lock = threading.Lock()
 
     def read(self, shard: int, rows: Sequence[int] | np.ndarray) -> pa.Table:
@@ -139,9 +138,11 @@ class ShardReader:
 
     def _unpack(self, slot: int, block: int) -> None:
         user, *lists, _ = self._open_block(block).columns
-        values = [_values(column, dtype) for column, dtype in zip(lists, _POSITION, strict=True)]
-        self._windows.put(slot, _offsets(lists[0]), values)
-        self._users.put(slot, _offsets(user), [_values(user, np.uint8)])
+        offset_R, item_T = _ragged(lists[0], _POSITION[0])
+        others = [_ragged(column, dtype)[1] for column, dtype in zip(lists[1:], _POSITION[1:], strict=True)]
+        self._windows.put(slot, offset_R, [item_T, *others])
+        offset_R, letter_T = _ragged(user, np.uint8)
+        self._users.put(slot, offset_R, [letter_T])
 
     def _open_block(self, index: int) -> pa.RecordBatch:
         shard, number = self._blocks[index]
@@ -163,13 +164,11 @@ class ShardReader:
         return pa.ipc.open_file(pa.py_buffer(buffer)).get_batch(0)  # `write_shard` writes one
 
 
-# Straight from the buffers, which lie end to end in a block as `write_shard` writes it: `to_numpy` would import pandas.
-def _offsets(column: pa.Array) -> np.ndarray:
-    return np.frombuffer(column.buffers()[1], np.int32, len(column) + 1)
-
-
-def _values(column: pa.Array, dtype: type[np.generic]) -> np.ndarray:
-    return np.frombuffer(column.buffers()[-1] or b"", dtype, int(_offsets(column)[-1]))
+def _ragged(column: pa.Array, dtype: type[np.generic]) -> tuple[np.ndarray, np.ndarray]:
+    """(offset [R], values) of strings or lists, as they lie in a block; `to_numpy` would import pandas."""
+    _, offsets, *_, values = column.buffers()
+    offset_R = np.frombuffer(offsets, np.int32, len(column) + 1)
+    return offset_R, np.frombuffer(values or b"", dtype, int(offset_R[-1]))
 
 
 def _text(length_B: np.ndarray, letter_T: np.ndarray) -> np.ndarray:
