@@ -6,9 +6,11 @@ All save the state of the same engine. DeepSpeed writes the weights a second tim
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +30,7 @@ from dtrain.checkpoint.store import CheckpointStore
 from dtrain.checkpoint.tensorfile import bytes_of
 from dtrain.core.blobs import open_blobs
 
-__all__ = ["CONTENDERS", "Contender", "clear", "evict", "plain_write"]
+__all__ = ["CONTENDERS", "Contender", "clear", "evict", "plain_write", "touch_memory"]
 
 _CHUNK_BYTES = 8 << 20
 
@@ -37,6 +39,8 @@ class Contender(Protocol):
     """All ranks make the same calls. `start` returns when the training may go on, `finish` when the save has ended."""
 
     def start(self) -> None: ...
+
+    def ended(self) -> bool: ...
 
     def finish(self) -> None: ...
 
@@ -51,15 +55,20 @@ class Dtrain:
         ballot = Ballot(comm.world, comm.mailbox(f"bench-{folder.name}"))
         self.store = CheckpointStore(open_blobs(folder), ballot, CheckpointConfig(keep_last=1))
         self._training, self._behind, self._verified, self._step = training, behind, verified, 0
-        self._background = BackgroundSave(self.store.save, lambda snapshot, result: None)
+        self._ended = threading.Event()
+        self._background = BackgroundSave(self.store.save, lambda snapshot, result: self._ended.set())
 
     def start(self) -> None:
         self._step += 1
+        self._ended.clear()
         engine = self._training.engine
         snapshot = Snapshot(step=self._step, fragments=list(engine.fragments()), state={"engine": engine.state()})
         self._background.start(snapshot, behind=self._behind)
         if not self._behind:
             self.finish()
+
+    def ended(self) -> bool:
+        return self._ended.is_set()
 
     def finish(self) -> None:
         result = self._background.finish()
@@ -84,6 +93,9 @@ class DeepSpeed:
         if self._synced:
             sync_files(self._folder / "saved", self._training.comm.world.rank)
             self._training.comm.barrier()
+
+    def ended(self) -> bool:
+        return True
 
     def finish(self) -> None:
         return
@@ -122,6 +134,9 @@ class TorchCheckpoint:
             self._future = dcp.async_save(self._state(), checkpoint_id=self._folder, process_group=self._group)
         else:
             dcp.save(self._state(), checkpoint_id=self._folder, process_group=self._group)
+
+    def ended(self) -> bool:
+        return self._future is None or bool(self._future.done())
 
     def finish(self) -> None:
         if self._future is not None:
@@ -186,6 +201,17 @@ def evict(folder: Path) -> None:
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
+
+
+def touch_memory(size: int) -> None:
+    """Touch `size` bytes of memory and give them back.
+
+    A virtual machine's host takes free memory away and gives it again page by page, slowly: whoever saves next would
+    pay for that or not, by what ran before.
+    """
+    with mmap.mmap(-1, size) as block:
+        for start in range(0, size, mmap.PAGESIZE):
+            block[start] = 1
 
 
 def clear(folder: Path) -> None:

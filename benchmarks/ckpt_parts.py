@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.ckpt_contenders import CONTENDERS, clear, evict, plain_write
-from benchmarks.ckpt_training import Training
+import numpy as np
+
+from benchmarks.ckpt_contenders import CONTENDERS, Contender, clear, evict, plain_write, touch_memory
+from benchmarks.ckpt_training import QUICK, Training
 from dtrain.core.comm import Comm
 
 __all__ = ["Samples", "elastic", "prepare", "resume", "throughput", "write"]
@@ -64,61 +66,61 @@ def write(comm: Comm, work: Path, repeats: int) -> Samples:
         for i, (name, saver) in enumerate(made.items()):
             settle(comm, work, *([] if "dtrain" in name else [work / f"write-{i}"]))
             comm.barrier()
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             samples[f"blocked_s/{name}"].append(timed(comm, saver.start))
             saver.finish()
-            comm.barrier()
+            samples[f"cpu_s/{name}"].append(sum(comm.gather_json(time.process_time() - cpu)))
             samples[f"durable_s/{name}"].append(time.perf_counter() - began)
     return dict(samples)
 
 
 def settle(comm: Comm, work: Path, *removed: Path) -> None:
-    """Remove folders, write out and forget the rest, so that nobody pays for what the one before left."""
+    """Remove folders, write out and forget the rest, touch free memory: nobody pays for what the one before left."""
     comm.barrier()
     if comm.world.is_main:
         for folder in removed:
             clear(folder)
         evict(work)
+        touch_memory((1 if QUICK else 3) << 30)
     comm.barrier()
 
 
-def throughput(comm: Comm, work: Path, rounds: int, window_s: float) -> Samples:
-    """Seconds that a save costs the training: windows of equally many steps with a save at their beginning, and
-    windows without between them.
+def throughput(comm: Comm, work: Path, rounds: int, idle_steps: int) -> Samples:
+    """Seconds that a save costs the training: from its start until it has ended on all ranks, and two steps more, less
+    what as many steps take in the stretches without a save right before and after.
     """
     training, samples = Training(comm, 1, 0), defaultdict(list)
     made = {name: CONTENDERS[name](training, work / f"train-{i}") for i, name in enumerate(TRAINED)}
     for saver in made.values():  # what is made once
         saver.start()
         saver.finish()
-    training.step()
-    paces = [timed(comm, training.step) for _ in range(5)]
-    steps = max(4, round(window_s / statistics.median(comm.gather_json(paces)[0])))
 
-    def window(name: str | None) -> float:
-        def body() -> None:
-            training.step()
-            if name is not None:
-                began = time.perf_counter()
-                made[name].start()
-                samples[f"train_blocked_s/{name}"].append(time.perf_counter() - began)
-            for _ in range(steps - 1):
-                training.step()
-            if name is not None:
-                made[name].finish()
+    def steps(count: int) -> list[float]:
+        return [timed(comm, training.step) for _ in range(count)]
 
-        return timed(comm, body)
+    def saving(saver: Contender, blocked: list[float]) -> list[float]:
+        """Seconds of every step, the save's start counted with the first."""
+        began = time.perf_counter()
+        saver.start()
+        blocked.append(time.perf_counter() - began)
+        found = steps(1)
+        found[0] = time.perf_counter() - began
+        while comm.sum(np.array([not saver.ended()]))[0]:
+            found += steps(1)
+        return found + steps(2)
 
-    samples["steps"] = [float(steps)]
-    before = window(None)
+    before = steps(idle_steps)
     for _ in range(rounds):
         for i, name in enumerate(TRAINED):
             settle(comm, work, *([] if "dtrain" in name else [work / f"train-{i}"]))
-            took = window(name)
+            comm.barrier()
+            took = saving(made[name], samples[f"train_blocked_s/{name}"])
+            made[name].finish()
             settle(comm, work)
-            after = window(None)
-            samples[f"lost_s/{name}"].append(took - (before + after) / 2)
-            samples["idle_window_s"] += [before]
+            after = steps(idle_steps)
+            samples[f"lost_s/{name}"].append(sum(took) - len(took) * statistics.median(before + after))
+            samples[f"train_durable_s/{name}"].append(sum(took[:-2]))
+            samples["idle_step_s"] += before
             before = after
     return dict(samples)
 
