@@ -442,6 +442,7 @@ def saved(run: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("step", [2, 3])
 def test_to_hf_writes_the_encoder_of_any_checkpoint(trained: Path, tmp_path: Path, cli: Cli, step: int) -> None:
     out = tmp_path / "hf"
+    assert "warmup_steps=2" in cli("show", trained)[1]  # of the binding settings
     code, text = cli("to-hf", trained, step, "--out", out)
     assert code == 0, text
     assert f"step {step} ({'weights' if step == 2 else 'full'})" in text

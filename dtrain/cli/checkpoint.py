@@ -80,7 +80,7 @@ def show(run: str, choice: str, *, as_json: bool) -> int:
     ]
     print("\nfiles", *aligned(rows, left=(0, 1)), sep="\n")
     for name, part in commit.state.items():
-        print(f"\n{name}", *tree(part if isinstance(part, Mapping) else {"is": part}, indent=2), sep="\n")
+        print(f"\n{name}", *tree(_sections(part), indent=2), sep="\n")
     for problem in problems:
         print(f"DAMAGED: {problem}")
     return 0
@@ -151,6 +151,21 @@ def _tensors(blobs: Blobs, commit: Commit) -> list[dict[str, Any]]:
         {"kind": key[0], "dtype": key[1], "tensors": len(names[key]), **dict(zip(columns, counts[key]))}
         for key in names
     ]
+
+
+def _sections(part: Any) -> Mapping[str, Any]:
+    """A part of the state to print: keys such as a.b.c, of which there are many, under a.b."""
+    if not isinstance(part, Mapping):
+        return {f"[{i}]": item for i, item in enumerate(part)} if isinstance(part, list) else {"is": part}
+    found: dict[str, Any] = {}
+    for key, value in part.items():
+        section, dot, name = key.rpartition(".")
+        group = found.setdefault(section, {}) if dot else None
+        if isinstance(group, dict):
+            group[name] = value
+        else:
+            found[key] = value
+    return found
 
 
 def _when(commit: Commit) -> str:
