@@ -146,7 +146,7 @@ class RunFolder:
         So does what a later start of the run has written, which this one must not speak for.
         """
         with self._outcome:
-            later = status != "running" and self.read_outcome().get("start") != self.start_id
+            later = status != "running" and self.read_outcome().get("start", self.start_id) != self.start_id
             if self.writes and not self._ended and not later:
                 self._ended = status != "running"
                 write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
