@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from dtrain.cli.main import main
 from dtrain.core.comm import Comm
@@ -80,8 +79,9 @@ def test_an_audit_against_another_plan_fails(stopped: Path, tmp_path: Path, caps
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     assert main(["audit", str(run)]) == 0
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    config["plan"]["seed"] = 1
-    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    record = max((run / "checkpoints/commits").iterdir())
+    commit = json.loads(record.read_text(encoding="utf-8"))
+    commit["state"]["eras"][0]["plan"]["seed"] += 1
+    record.write_text(json.dumps(commit), encoding="utf-8")
     assert main(["audit", str(run)]) == 4
     assert "NOT as planned" in capsys.readouterr().out

@@ -14,8 +14,6 @@ import mmap
 import os
 from typing import BinaryIO
 
-import numpy as np
-
 __all__ = ["DirectWriter"]
 
 _BUFFER_BYTES = 8 << 20  # a multiple of every file system's block, which direct writes must begin and end at
@@ -34,6 +32,8 @@ class DirectWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append `data`; all of it is in the file only after `close`."""
+        import numpy as np  # not needed, nor always there, where checkpoints are only looked at
+
         if self._block is None:
             self._block = mmap.mmap(-1, _BUFFER_BYTES)
         rest, buffer = np.frombuffer(data, dtype=np.uint8), np.frombuffer(self._block, dtype=np.uint8)
