@@ -67,10 +67,8 @@ class LocalBlobs:
     @contextlib.contextmanager
     def write(self, path: str) -> Iterator[DirectWriter]:
         target = self._path(path)
-        with atomic_file(target) as file:
-            writer = DirectWriter(file)
+        with atomic_file(target) as file, DirectWriter(file) as writer:
             yield writer
-            writer.close()
         self._sync_folders(target.parent)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
