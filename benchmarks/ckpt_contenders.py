@@ -30,7 +30,7 @@ from dtrain.checkpoint.store import CheckpointStore
 from dtrain.checkpoint.tensorfile import bytes_of
 from dtrain.core.blobs import open_blobs
 
-__all__ = ["CONTENDERS", "Contender", "clear", "evict", "plain_write", "touch_memory"]
+__all__ = ["CONTENDERS", "Contender", "evict", "touch_memory"]
 
 _CHUNK_BYTES = 8 << 20
 
@@ -46,14 +46,22 @@ class Contender(Protocol):
 
     def load(self) -> None: ...
 
+    def tidy(self) -> None:
+        """Remove the files of earlier saves. Rank 0 alone calls it."""
+        ...
+
 
 class Dtrain:
     """`behind`: asynchronous. `verified`: a load checks every file's SHA-256 first, as dtrain always does."""
 
-    def __init__(self, training: Training, folder: Path, behind: bool = False, verified: bool = True) -> None:
+    def __init__(
+        self, training: Training, folder: Path, behind: bool = False, verified: bool = True, keep: int = 1000
+    ) -> None:
         comm = training.comm
         ballot = Ballot(comm.world, comm.mailbox(f"bench-{folder.name}"))
-        self.store = CheckpointStore(open_blobs(folder), ballot, CheckpointConfig(keep_last=1))
+        config = CheckpointConfig(keep_last=1_000_000)  # `tidy` removes old ones, outside of what is timed
+        self.store = CheckpointStore(open_blobs(folder), ballot, config)
+        self._folder = folder
         self._training, self._behind, self._verified, self._step = training, behind, verified, 0
         self._ended = threading.Event()
         self._background = BackgroundSave(self.store.save, lambda snapshot, result: self._ended.set())
@@ -74,6 +82,10 @@ class Dtrain:
         result = self._background.finish()
         if result is not None and result.error is not None:
             raise result.error
+
+    def tidy(self) -> None:
+        for saved in self._folder.glob("step-*"):
+            shutil.rmtree(saved)
 
     def load(self) -> None:
         commit = self.store.latest() if self._verified else self.store.commits()[-1]
@@ -99,6 +111,9 @@ class DeepSpeed:
 
     def finish(self) -> None:
         return
+
+    def tidy(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def load(self) -> None:
         engine = self._training.engine._engine
@@ -143,9 +158,40 @@ class TorchCheckpoint:
             self._future.result()
             self._future = None
 
+    def tidy(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def load(self) -> None:
         dcp.load(self._state(), checkpoint_id=self._folder, process_group=self._group)
         self._training.engine._masters_changed()
+
+
+class PlainWrite:
+    """Every rank writes the bytes of its tensors to a file and fsyncs it: the floor of a durable save."""
+
+    def __init__(self, training: Training, folder: Path) -> None:
+        self._training, self._folder = training, folder
+
+    def start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"rank{self._training.comm.world.rank}", "xb", buffering=0) as file:
+            for fragment in self._training.engine.fragments():
+                data = bytes_of(fragment.tensor)
+                for start in range(0, len(data), _CHUNK_BYTES):
+                    file.write(data[start : start + _CHUNK_BYTES])
+            os.fsync(file.fileno())
+
+    def ended(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        return
+
+    def tidy(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def load(self) -> None:
+        raise NotImplementedError
 
 
 #: name -> how to make it for a training and a folder
@@ -156,23 +202,10 @@ CONTENDERS: dict[str, Callable[[Training, Path], Contender]] = {
     "DeepSpeed": DeepSpeed,
     "DeepSpeed, fsynced": lambda training, folder: DeepSpeed(training, folder, synced=True),
     "DeepSpeed, universal": lambda training, folder: DeepSpeed(training, folder, universal=True),
+    "plain write": PlainWrite,
     "torch DCP": TorchCheckpoint,
     "torch DCP, async": lambda training, folder: TorchCheckpoint(training, folder, behind=True),
 }
-
-
-def plain_write(training: Training, folder: Path) -> None:
-    """Every rank writes the bytes of its tensors to a file and fsyncs it: the floor of a durable save."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / f"rank{training.comm.world.rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    try:
-        for fragment in training.engine.fragments():
-            data = bytes_of(fragment.tensor)
-            for start in range(0, len(data), _CHUNK_BYTES):
-                os.write(fd, data[start : start + _CHUNK_BYTES])
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_files(folder: Path, rank: int) -> None:
@@ -212,10 +245,6 @@ def touch_memory(size: int) -> None:
     with mmap.mmap(-1, size) as block:
         for start in range(0, size, mmap.PAGESIZE):
             block[start] = 1
-
-
-def clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

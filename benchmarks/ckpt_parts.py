@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ckpt_contenders import CONTENDERS, Contender, clear, evict, plain_write, touch_memory
+from benchmarks.ckpt_contenders import CONTENDERS, Contender, evict, touch_memory
 from benchmarks.ckpt_training import QUICK, Training
 from dtrain.core.comm import Comm
 
@@ -19,7 +19,7 @@ __all__ = ["Samples", "elastic", "prepare", "resume", "throughput", "write"]
 
 Samples = dict[str, list[float]]
 
-SAVERS = ("dtrain", "dtrain, async", "DeepSpeed", "DeepSpeed, fsynced", "torch DCP", "torch DCP, async")
+SAVERS = ("plain write", "dtrain", "dtrain, async", "DeepSpeed", "DeepSpeed, fsynced", "torch DCP", "torch DCP, async")
 TRAINED = ("dtrain, async", "dtrain", "DeepSpeed", "torch DCP, async")  # whose cost for the training is measured
 LOADERS = ("dtrain", "dtrain, unverified", "DeepSpeed", "torch DCP")
 FOLDERS = {"dtrain": "dtrain", "dtrain, unverified": "dtrain", "DeepSpeed": "deepspeed", "torch DCP": "dcp"}
@@ -61,10 +61,8 @@ def write(comm: Comm, work: Path, repeats: int) -> Samples:
         samples[f"memory_mb/{name}"].append(max(comm.gather_json(peak_rss() - before)))
         gc.collect()
     for _ in range(repeats):
-        settle(comm, work, work / "plain")
-        samples["durable_s/plain"].append(timed(comm, lambda: plain_write(training, work / "plain")))
-        for i, (name, saver) in enumerate(made.items()):
-            settle(comm, work, *([] if "dtrain" in name else [work / f"write-{i}"]))
+        for name, saver in made.items():
+            settle(comm, work, saver)
             comm.barrier()
             began, cpu = time.perf_counter(), time.process_time()
             samples[f"blocked_s/{name}"].append(timed(comm, saver.start))
@@ -74,12 +72,12 @@ def write(comm: Comm, work: Path, repeats: int) -> Samples:
     return dict(samples)
 
 
-def settle(comm: Comm, work: Path, *removed: Path) -> None:
-    """Remove folders, write out and forget the rest, touch free memory: nobody pays for what the one before left."""
+def settle(comm: Comm, work: Path, *savers: Contender) -> None:
+    """Remove earlier saves, write out and forget files, touch free memory: nobody pays for the one before."""
     comm.barrier()
     if comm.world.is_main:
-        for folder in removed:
-            clear(folder)
+        for saver in savers:
+            saver.tidy()
         evict(work)
         touch_memory((1 if QUICK else 3) << 30)
     comm.barrier()
@@ -111,8 +109,8 @@ def throughput(comm: Comm, work: Path, rounds: int, idle_steps: int) -> Samples:
 
     before = steps(idle_steps)
     for _ in range(rounds):
-        for i, name in enumerate(TRAINED):
-            settle(comm, work, *([] if "dtrain" in name else [work / f"train-{i}"]))
+        for name in TRAINED:
+            settle(comm, work, made[name])
             comm.barrier()
             took = saving(made[name], samples[f"train_blocked_s/{name}"])
             made[name].finish()

@@ -13,12 +13,23 @@ import pytest
 
 from dtrain.core.local_blobs import LocalBlobs
 
-BUFFER = 8 << 20
+BUFFER = 4 << 20  # written at a time
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [(), (0,), (1,), (4096,), (BUFFER,), (BUFFER - 1, 1, 1), (BUFFER + 4097,), (5, 2 * BUFFER, 3), (BUFFER // 2,) * 5],
+    [
+        (),
+        (0,),
+        (1,),
+        (4096,),
+        (BUFFER,),
+        (BUFFER - 1, 1, 1),
+        (BUFFER + 4097,),
+        (5, 2 * BUFFER, 3),
+        (BUFFER // 2,) * 5,
+        (5 * BUFFER + 1, 9 * BUFFER),
+    ],
 )
 def test_pieces_of_any_size_arrive_in_order(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     pieces = [os.urandom(size) for size in sizes]
@@ -74,6 +85,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"), blobs.write("file") as file:
-        file.write(bytes(BUFFER))
+        file.write(bytes(9 * BUFFER))
     assert (tmp_path / "file").read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["file"]

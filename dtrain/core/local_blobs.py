@@ -68,10 +68,8 @@ class LocalBlobs:
     def write(self, path: str) -> Iterator[DirectWriter]:
         """If the fsync of a folder fails, after the rename, the new file stays."""
         target = self._path(path)
-        with atomic_file(target) as file:
-            writer = DirectWriter(file)
+        with atomic_file(target) as file, DirectWriter(file) as writer:
             yield writer
-            writer.close()
         self._sync_folders(target.parent)
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
