@@ -24,6 +24,8 @@ __all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamCon
 #: Samples of all ranks that are planned and read at once, at most (but a step at least).
 WINDOW_SAMPLES = 8192
 
+_THREADS = 2  # one plans while the other reads: numpy lets go of the interpreter in both
+
 
 class SampleReader(Protocol):
     """What the stream needs of `ShardReader`, one for each platform."""
@@ -93,12 +95,12 @@ class Stream(Iterator[StepSamples]):
         self._plan = plan
         self._readers = [readers[name] for name in plan.platforms]
         self._window = max(1, WINDOW_SAMPLES // plan.config.samples)  # steps
-        self._ahead = max((config or StreamConfig()).prefetch, self._window)
+        self._ahead = max((config or StreamConfig()).prefetch, _THREADS * self._window)
         self._start, self._asked = start_step, start_step  # steps below `asked` are read or being read
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-stream")
+        self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="dtrain-stream")
         self._windows: deque[Future[list[StepSamples | Exception]]] = deque()
         self._ready: deque[StepSamples | Exception] = deque()
-        self._read_ahead()
+        self._ask(1)  # alone, so that the first step waits for nothing else
 
     def __next__(self) -> StepSamples:
         if not self._ready:
@@ -127,9 +129,11 @@ class Stream(Iterator[StepSamples]):
 
     def _read_ahead(self) -> None:
         while self._asked < self.step + self._ahead:
-            count = min(self._window, max(1, self._asked - self._start))  # 1, 1, 2, 4, ...
-            self._windows.append(self._pool.submit(self._read, self._asked, count))
-            self._asked += count
+            self._ask(min(self._window, self._asked - self._start))  # 1, 1, 2, 4, ...
+
+    def _ask(self, count: int) -> None:
+        self._windows.append(self._pool.submit(self._read, self._asked, count))
+        self._asked += count
 
     def _read(self, first: int, count: int) -> list[StepSamples | Exception]:
         """Steps first .. first + count - 1, with the error in place of a step that can't be read."""
