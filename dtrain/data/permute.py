@@ -22,7 +22,7 @@ _MIX = (
     (np.uint64(27), np.uint64(0x94D049BB133111EB)),
 )
 _LAST_SHIFT = np.uint64(31)
-_AT_ONCE = 1 << 15  # questions whose arrays stay in the processor's cache
+_AT_ONCE = 1 << 14  # questions whose arrays stay in the processor's cache
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
