@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["Gathered", "RaggedPool", "Slots"]
+__all__ = ["Gathered", "RaggedPool", "Slots", "interleaved"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,28 +24,29 @@ class Gathered:
     event_T: np.ndarray  # int8 event types
     weight_T: np.ndarray  # float32, above 0 where the position is a target
 
-    def part(self, begin: int, end: int) -> Gathered:
-        """Samples begin .. end, without a copy."""
-        first, last = self.offset_B[begin], self.offset_B[end]
-        return Gathered(
-            user_B=self.user_B[begin:end],
-            offset_B=self.offset_B[begin : end + 1] - first,
-            item_T=self.item_T[first:last],
-            event_T=self.event_T[first:last],
-            weight_T=self.weight_T[first:last],
-        )
 
-    @classmethod
-    def joined(cls, parts: Sequence[Gathered]) -> Gathered:
-        """The samples of `parts`, at least one, one after the other."""
-        shift = np.cumsum([0, *(part.item_T.size for part in parts)]).tolist()
-        return cls(
-            user_B=np.concatenate([part.user_B for part in parts]),
-            offset_B=np.concatenate([[0], *(part.offset_B[1:] + first for part, first in zip(parts, shift))]),
-            item_T=np.concatenate([part.item_T for part in parts]),
-            event_T=np.concatenate([part.event_T for part in parts]),
-            weight_T=np.concatenate([part.weight_T for part in parts]),
+def interleaved(parts: Sequence[Gathered], count_SP: np.ndarray) -> list[Gathered]:
+    """Cut each of P `parts` into S pieces of count[s, p] samples and join the pieces of one s: S times P pieces."""
+    end_SP = np.concatenate([np.zeros_like(count_SP[:1]), np.cumsum(count_SP, axis=0)])
+    length = [np.diff(part.offset_B) for part in parts]
+    place = [part.offset_B[end_SP[:, p]].tolist() for p, part in enumerate(parts)]
+    joined = []
+    for s, (begin, end) in enumerate(pairwise(end_SP.tolist())):
+        used = [p for p in range(len(parts)) if begin[p] < end[p]]
+        samples = [(p, slice(begin[p], end[p])) for p in used]
+        positions = [(parts[p], slice(place[p][s], place[p][s + 1])) for p in used]
+        offset_B = np.zeros(int(count_SP[s].sum()) + 1, np.int64)
+        np.cumsum(np.concatenate([length[p][own] for p, own in samples]), out=offset_B[1:])
+        joined.append(
+            Gathered(
+                user_B=np.concatenate([parts[p].user_B[own] for p, own in samples]),
+                offset_B=offset_B,
+                item_T=np.concatenate([part.item_T[own] for part, own in positions]),
+                event_T=np.concatenate([part.event_T[own] for part, own in positions]),
+                weight_T=np.concatenate([part.weight_T[own] for part, own in positions]),
+            )
         )
+    return joined
 
 
 class RaggedPool:

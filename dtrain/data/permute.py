@@ -22,7 +22,7 @@ _MIX = (
     (np.uint64(27), np.uint64(0x94D049BB133111EB)),
 )
 _LAST_SHIFT = np.uint64(31)
-_AT_ONCE = 1 << 15  # questions whose arrays stay in the processor's cache
+_AT_ONCE = 1 << 14  # questions whose arrays stay in the processor's cache
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -65,11 +65,12 @@ def permute(index_B: np.ndarray, size_B: int | np.ndarray, key_B: int | np.ndarr
     bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1].astype(np.uint64)  # exact below 2**53
     low, key = bits >> np.uint64(1), _mix(key)
     high = bits - low
-    todo = np.arange(index.size)
+    for start in range(0, index.size, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        index[part] = _feistel(index[part], low[part], high[part], key[part])
+    todo = np.flatnonzero(index >= size)
     while todo.size:  # the domain is below twice the size, so about half of the rest lands inside at each walk
-        for start in range(0, todo.size, _AT_ONCE):
-            part = todo[start : start + _AT_ONCE]
-            index[part] = _feistel(index[part], low[part], high[part], key[part])
+        index[todo] = _feistel(index[todo], low[todo], high[todo], key[todo])
         todo = todo[index[todo] >= size[todo]]
     return index.astype(np.int64).reshape(shape)
 
@@ -79,7 +80,7 @@ def _feistel(x: np.ndarray, low: np.ndarray, high: np.ndarray, key: np.ndarray) 
     one = np.uint64(1)
     low_mask, high_mask = (one << low) - one, (one << high) - one
     left, right = x & low_mask, x >> low
-    mixed, shifted = np.empty_like(x), np.empty_like(x)
+    mixed, shifted, key = np.empty_like(x), np.empty_like(x), key.copy()
     for _ in range(_ROUNDS // 2):
         for source, target, mask in ((right, left, low_mask), (left, right, high_mask)):
             key += _STEP

@@ -10,6 +10,7 @@ import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -136,6 +137,23 @@ class _Epoch:
         return self.shard_S[place_B], flat_B - self.start_S[place_B]
 
 
+class _Dealt(NamedTuple):
+    """Samples of several steps before their rows are shuffled."""
+
+    pieces: list[tuple[int, _Epoch, np.ndarray]]  # runs of one epoch: platform, epoch, positions
+    lane_B: np.ndarray
+    start_B: np.ndarray  # of the shuffle group
+    questions: tuple[np.ndarray, ...]  # for `permute`: place in the group, its size, its key
+
+
+class _Draws(NamedTuple):
+    """Negatives of several steps before they are drawn; N contrast blocks."""
+
+    platform_N: np.ndarray
+    end_N: np.ndarray  # draws of all blocks up to and with this one
+    questions: tuple[np.ndarray, ...]  # for `permute`: number of the draw, items of the catalogue, key of the block
+
+
 class Plan:
     """The samples, contrast blocks and negatives of any step, at the same cost for every step.
 
@@ -173,7 +191,6 @@ class Plan:
         samples, own = self.config.samples, first - self.origin
         before_SP = np.stack([self.mixture.counts(own + s, samples) for s in range(count + 1)])
         count_SP = np.diff(before_SP, axis=0)
-        shard_B, row_B = self._samples(before_SP)
         platform_B = np.repeat(np.tile(np.arange(len(self.platforms), dtype=np.int16), count), count_SP.ravel())
         blocks_SP = -(-count_SP // self.config.block_samples)  # blocks of a platform, of nearly one size
         first_SP = np.cumsum(blocks_SP, axis=1) - blocks_SP
@@ -182,7 +199,10 @@ class Plan:
         block_B = within_B * np.repeat(blocks_SP.ravel(), count_R) // np.repeat(count_R, count_R)
         block_B = (block_B + np.repeat(first_SP.ravel(), count_R)).astype(np.int32)
         seeds = [seed_of(self.config.seed, "step", own + s) for s in range(count)]
-        blocks = self._blocks(blocks_SP, seeds)
+        samples_at, negatives_at = self._deal(before_SP), self._draws(blocks_SP, seeds)
+        answers = permute(*(np.concatenate(pair) for pair in zip(samples_at.questions, negatives_at.questions)))
+        shard_B, row_B = self._samples(before_SP, samples_at, answers[: count * samples])
+        blocks = self._blocks(blocks_SP, negatives_at, answers[count * samples :])
         plans = []
         for s in range(count):
             cut = slice(s * samples, (s + 1) * samples)
@@ -203,8 +223,8 @@ class Plan:
         rows_S = np.array([shard.samples for shard in entry.train], np.int64)
         return _Epoch.make(rows_S, self.config, seed_of(self.config.seed, "epoch", entry.name, epoch))
 
-    def _samples(self, before_SP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shard, row) of each platform's samples number before[s] .. before[s + 1], by (step s, platform, lane)."""
+    def _deal(self, before_SP: np.ndarray) -> _Dealt:
+        """Where each platform's samples number before[s] .. before[s + 1] lie, by platform, then number."""
         pieces: list[tuple[int, _Epoch, np.ndarray]] = []
         for platform, (begin, end) in enumerate(zip(before_SP[0].tolist(), before_SP[-1].tolist())):
             size = int(self._samples_P[platform])
@@ -215,32 +235,40 @@ class Plan:
                 begin += count
         dealt = [epoch.deal(position) for _, epoch, position in pieces]
         lane_B, start_B, place_B, size_B, key_B = (np.concatenate(column) for column in zip(*dealt))
-        flat_B = start_B + permute(place_B, size_B, key_B)
-        lengths = [position.size for _, _, position in pieces]
-        parts = np.split(flat_B, np.cumsum(lengths)[:-1])
-        located = [epoch.locate(part) for (_, epoch, _), part in zip(pieces, parts)]
+        return _Dealt(pieces, lane_B, start_B, (place_B, size_B, key_B))
+
+    def _samples(self, before_SP: np.ndarray, dealt: _Dealt, place_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row) by (step, platform, lane), where `place` is that within the shuffle group after shuffling."""
+        lengths = [position.size for _, _, position in dealt.pieces]
+        parts = np.split(dealt.start_B + place_B, np.cumsum(lengths)[:-1])
+        located = [epoch.locate(part) for (_, epoch, _), part in zip(dealt.pieces, parts)]
         steps, platforms = before_SP.shape[0] - 1, before_SP.shape[1]
         step_B = np.concatenate([np.repeat(np.arange(steps), n) for n in np.diff(before_SP, axis=0).T])
-        platform_B = np.repeat([platform for platform, _, _ in pieces], lengths)
-        rank_B = (step_B * platforms + platform_B) * (int(lane_B.max()) + 1) + lane_B
+        platform_B = np.repeat([platform for platform, _, _ in dealt.pieces], lengths)
+        rank_B = (step_B * platforms + platform_B) * (int(dealt.lane_B.max()) + 1) + dealt.lane_B
         order_B = np.argsort(rank_B.astype(np.min_scalar_type(rank_B.max())), kind="stable")  # 16 bits: a radix sort
         shard_B, row_B = (np.concatenate(column).astype(np.int32)[order_B] for column in zip(*located))
         return shard_B, row_B
 
-    def _blocks(self, blocks_SP: np.ndarray, seeds: list[int]) -> list[tuple[BlockPlan, ...]]:
-        """Contrast blocks of each step, each with negatives drawn without replacement from its platform's catalogue."""
-        steps, count_P = blocks_SP.shape[0], np.array([p.items for p in self._entries], np.int64)
-        platform_N = np.repeat(np.tile(np.arange(count_P.size), steps), blocks_SP.ravel())  # N: blocks of all steps
+    def _draws(self, blocks_SP: np.ndarray, seeds: list[int]) -> _Draws:
+        """What to ask for the negatives of each block, drawn without replacement from its platform's catalogue."""
+        steps, items_P = blocks_SP.shape[0], np.array([p.items for p in self._entries], np.int64)
+        platform_N = np.repeat(np.tile(np.arange(items_P.size), steps), blocks_SP.ravel())
         count_S = blocks_SP.sum(axis=1)
         number_N = np.arange(platform_N.size) - np.repeat(np.cumsum(count_S) - count_S, count_S)
         key_N = hash64(np.repeat(np.array(seeds, np.uint64), count_S), number_N)
-        items_N = count_P[platform_N]
+        items_N = items_P[platform_N]
         draws_N = np.minimum(items_N, self.config.negatives)
         end_N = np.cumsum(draws_N)
         index = np.arange(end_N[-1]) - np.repeat(end_N - draws_N, draws_N)
-        drawn = permute(index, np.repeat(items_N, draws_N), np.repeat(key_N, draws_N)).astype(np.int32)
-        blocks = []
-        for platform, begin, end in zip(platform_N.tolist(), (end_N - draws_N).tolist(), end_N.tolist()):
+        return _Draws(platform_N, end_N, (index, np.repeat(items_N, draws_N), np.repeat(key_N, draws_N)))
+
+    def _blocks(self, blocks_SP: np.ndarray, draws: _Draws, drawn: np.ndarray) -> list[tuple[BlockPlan, ...]]:
+        """The contrast blocks of each step."""
+        drawn, blocks, begin = drawn.astype(np.int32), [], 0
+        for platform, end in zip(draws.platform_N.tolist(), draws.end_N.tolist()):
             drawn[begin:end].sort()
             blocks.append(BlockPlan(platform=platform, negatives_K=drawn[begin:end]))
+            begin = end
+        count_S = blocks_SP.sum(axis=1)
         return [tuple(blocks[end - n : end]) for n, end in zip(count_S.tolist(), np.cumsum(count_S).tolist())]

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file
-from dtrain.data.gather import Gathered, RaggedPool, Slots
+from dtrain.data.gather import Gathered, RaggedPool, Slots, interleaved
 from dtrain.data.manifest import BlockEntry, BlockTable, Manifest, ShardEntry
 from dtrain.data.schema import SAMPLE
 
@@ -111,7 +111,7 @@ class ShardReader:
         if block_B.size > self._slots.count and np.unique(block_B).size > self._slots.count:
             half = block_B.size // 2
             parts = ((block_B[:half], row_B[:half]), (block_B[half:], row_B[half:]))
-            return Gathered.joined([self._gather(*part) for part in parts])
+            return interleaved([self._gather(*part) for part in parts], np.array([[half, block_B.size - half]]))[0]
         missing = self._slots.missing(block_B)
         for slot, block in zip(self._slots.room(missing.size).tolist(), missing.tolist()):
             self._unpack(slot, block)

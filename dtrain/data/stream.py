@@ -15,14 +15,16 @@ import numpy as np
 
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
-from dtrain.data.gather import Gathered
+from dtrain.data.gather import Gathered, interleaved
 from dtrain.data.plan import Plan, PlanConfig, StepPlan, share_of
 from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
 
 __all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
 
 #: Samples of all ranks that are planned and read at once, at most (but a step at least).
-WINDOW_SAMPLES = 8192
+WINDOW_SAMPLES = 32_768
+
+_THREADS = 2  # one plans while the other reads: numpy lets go of the interpreter in both
 
 
 class SampleReader(Protocol):
@@ -93,12 +95,12 @@ class Stream(Iterator[StepSamples]):
         self._plan = plan
         self._readers = [readers[name] for name in plan.platforms]
         self._window = max(1, WINDOW_SAMPLES // plan.config.samples)  # steps
-        self._ahead = max((config or StreamConfig()).prefetch, self._window)
+        self._ahead = max((config or StreamConfig()).prefetch, _THREADS * self._window)
         self._start, self._asked = start_step, start_step  # steps below `asked` are read or being read
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dtrain-stream")
+        self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="dtrain-stream")
         self._windows: deque[Future[list[StepSamples | Exception]]] = deque()
         self._ready: deque[StepSamples | Exception] = deque()
-        self._read_ahead()
+        self._ask(1)  # alone, so that the first step waits for nothing else
 
     def __next__(self) -> StepSamples:
         if not self._ready:
@@ -127,20 +129,22 @@ class Stream(Iterator[StepSamples]):
 
     def _read_ahead(self) -> None:
         while self._asked < self.step + self._ahead:
-            count = min(self._window, max(1, self._asked - self._start))  # 1, 1, 2, 4, ...
-            self._windows.append(self._pool.submit(self._read, self._asked, count))
-            self._asked += count
+            self._ask(min(self._window, self._asked - self._start))  # 1, 1, 2, 4, ...
+
+    def _ask(self, count: int) -> None:
+        self._windows.append(self._pool.submit(self._read, self._asked, count))
+        self._asked += count
 
     def _read(self, first: int, count: int) -> list[StepSamples | Exception]:
         """Steps first .. first + count - 1, with the error in place of a step that can't be read."""
         try:
-            return list(self._read_window(first, count))
+            return self._read_window(first, count)
         except Exception as error:  # raised by `next`
             if count == 1:
                 return [error]
             return [one for step in range(first, first + count) for one in self._read(step, 1)]
 
-    def _read_window(self, first: int, count: int) -> Iterator[StepSamples]:
+    def _read_window(self, first: int, count: int) -> list[StepSamples | Exception]:
         plans = self._plan.steps(first, count)
         platform_B, shard_B, row_B = (
             np.concatenate([getattr(plan, name)[self._local] for plan in plans])
@@ -150,14 +154,11 @@ class Stream(Iterator[StepSamples]):
         for platform, reader in enumerate(self._readers):
             own_B = platform_B == platform
             gathered.append(reader.gather(shard_B[own_B], row_B[own_B]))
-        taken = [0] * len(gathered)
-        for plan in plans:
-            parts = []
-            for platform, n in enumerate(np.bincount(plan.platform_B[self._local], minlength=len(taken)).tolist()):
-                parts.append(gathered[platform].part(taken[platform], taken[platform] + n))
-                taken[platform] += n
-            own = Gathered.joined(parts)
-            yield StepSamples(
+        shape = count, len(gathered)
+        step_B = np.repeat(np.arange(count), self._local.stop - self._local.start)
+        count_SP = np.bincount(step_B * shape[1] + platform_B, minlength=count * shape[1]).reshape(shape)
+        return [
+            StepSamples(
                 step=plan.step,
                 plan=plan,
                 local=self._local,
@@ -167,3 +168,5 @@ class Stream(Iterator[StepSamples]):
                 event_T=own.event_T,
                 weight_T=own.weight_T,
             )
+            for plan, own in zip(plans, interleaved(gathered, count_SP), strict=True)
+        ]
