@@ -99,7 +99,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
     _check_world(config, comm.world)
     engine = _engine(config, inputs, comm, store, commit)
     folder.drop_lines_after(state.step, state.validated)
-    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture))
+    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture), state.step)
     _keep_encoder(folder, inputs, engine)
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)

@@ -112,8 +112,8 @@ class RunFolder:
         process = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
         self.outcome("running", **process)
 
-    def start(self, config_yaml: str, facts: dict[str, Any]) -> None:
-        """Write what is known before the first step and open the logs for appending."""
+    def start(self, config_yaml: str, facts: dict[str, Any], step: int = 0) -> None:
+        """Write what is known before the first step and open the logs for appending after `step`."""
         if not self.writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -121,7 +121,8 @@ class RunFolder:
         write_text(self.path / "config.yaml", config_yaml)
         write_json(self.path / "facts.json", facts)
         self._log = open(self.path / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._events = SummaryWriter(str(self.path / "tensorboard"))
+        # TensorBoard drops what an earlier start has logged of the steps that are taken again.
+        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def drop_lines_after(self, step: int, validated: int) -> None:
         """Forget logged steps after `step` and validations after `validated`, which a resumed run makes again."""
