@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,6 +37,10 @@ def run(command: Callable[[], int]) -> int:
     except DtrainError as error:
         print(f"{who}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError as error:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush fails again, with a trace
+        print(f"{who}: the reader of the output has gone ({error.strerror})", file=sys.stderr, flush=True)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
