@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,8 @@ def resume(bench: Bench) -> None:
                     bench.keep(f"resume {share} {library.name}", {"first": first * share / POSITIONS[0]})
 
 
-def spread(values: Iterable[float], form: str) -> str:
-    low, *_, high = ordered = sorted(values) if len(found := list(values)) > 1 else found * 2
-    return f"{statistics.median(ordered):{form}} ({low:{form}} .. {high:{form}})"
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} .. {max(values):{form}})"
 
 
 def median(runs: list[Any], key: str) -> float:
