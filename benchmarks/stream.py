@@ -1,6 +1,6 @@
 """Reading samples: dtrain against webdataset, mosaicml-streaming and litdata, on the same samples in the same run.
 
-    python benchmarks/stream.py [--folder DIR] [--samples N] [--part prepare|rate|workers|resume|report|all]
+    python benchmarks/stream.py [--folder DIR] [--samples N] [--part prepare|rate|workers|resume|report|all] [--batch B]
 
 Makes the peers' environments and the samples where they are missing, measures in turn, library after library within
 each repeat, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer samples and repeats.
@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def size_of(samples: int | None) -> Size:
 class Bench:
     """The folder of one benchmark: samples in one subfolder a library, results in `results.json`."""
 
-    def __init__(self, folder: Path, size: Size) -> None:
+    def __init__(self, folder: Path, size: Size, batches: tuple[int, ...] = BATCHES) -> None:
+        self.batches = batches
         self.folder, self.size = folder / f"{size.samples}", size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.environments = folder / "environments"
@@ -140,10 +141,10 @@ def warm(bench: Bench) -> None:
 
 def rate(bench: Bench) -> None:
     """Samples a second."""
-    bench.forget("rate")
     warm(bench)
-    for _ in range(bench.size.repeats):
-        for batch in BATCHES:
+    for batch in bench.batches:
+        bench.forget(f"rate {batch} ")
+        for _ in range(bench.size.repeats):
             for library in LIBRARIES:
                 found = bench.call(library, "rate", batch, bench.size.seconds, 0)
                 print(f"{library.name}, batch {batch}: {found['rate']:,.0f} samples/s", flush=True)
@@ -152,9 +153,9 @@ def rate(bench: Bench) -> None:
 
 def workers(bench: Bench) -> None:
     """Samples a second of the peers with two worker processes each, for comparison: two cores instead of one."""
-    bench.forget("workers")
-    for _ in range(1 if QUICK else 3):
-        for batch in BATCHES:
+    for batch in bench.batches:
+        bench.forget(f"workers {batch} ")
+        for _ in range(1 if QUICK else 3):
             for library in LIBRARIES:
                 if library.name in WITH_WORKERS:
                     found = bench.call(library, "rate", batch, bench.size.seconds, 2)
@@ -179,9 +180,8 @@ def resume(bench: Bench) -> None:
                     bench.keep(f"resume {share} {library.name}", {"first": first * share / POSITIONS[0]})
 
 
-def spread(values: Iterable[float], form: str) -> str:
-    low, *_, high = ordered = sorted(values) if len(found := list(values)) > 1 else found * 2
-    return f"{statistics.median(ordered):{form}} ({low:{form}} .. {high:{form}})"
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} .. {max(values):{form}})"
 
 
 def median(runs: list[Any], key: str) -> float:
@@ -243,8 +243,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/stream"))
     parser.add_argument("--samples", type=int, help="10,000,000, or 300,000 with QUICK=1")
     parser.add_argument("--part", choices=["prepare", "rate", "workers", "resume", "report", "all"], default="all")
+    parser.add_argument("--batch", type=int, choices=BATCHES, action="append", help="measure only these rates")
     arguments = parser.parse_args()
-    bench = Bench(arguments.folder.resolve(), size_of(arguments.samples))
+    batches = tuple(arguments.batch or BATCHES)
+    bench = Bench(arguments.folder.resolve(), size_of(arguments.samples), batches)
     for part in (prepare, rate, workers, resume):
         if arguments.part in (part.__name__, "all"):
             part(bench)
