@@ -14,7 +14,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.shards import ShardReader
-from dtrain.data.stream import WINDOW_SAMPLES, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
+from dtrain.data.stream import WINDOW_DRAWS, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
 from tests.stream_toys import prepared
 
 
@@ -147,7 +147,7 @@ def test_starting_far_on_reads_only_the_steps_asked_for(plan: Plan, readers: dic
     counting = {name: CountingReader(reader) for name, reader in readers.items()}
     with Stream(plan, counting, World(), 10**9) as stream:
         assert next(stream).step == 10**9
-    assert 24 <= sum(reader.asked for reader in counting.values()) <= 24 + 2 * WINDOW_SAMPLES
+    assert 24 <= sum(reader.asked for reader in counting.values()) <= 24 + 2 * WINDOW_DRAWS
 
 
 def test_an_error_is_raised_by_the_step_it_befell(plan: Plan, readers: dict[str, SampleReader]) -> None:

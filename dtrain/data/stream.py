@@ -19,10 +19,11 @@ from dtrain.data.gather import Gathered, interleaved
 from dtrain.data.plan import Plan, PlanConfig, StepPlan, share_of
 from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
 
-__all__ = ["WINDOW_SAMPLES", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
+__all__ = ["WINDOW_DRAWS", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
 
-#: Samples of all ranks that are planned and read at once, at most (but a step at least).
-WINDOW_SAMPLES = 32_768
+#: Samples and sampled negatives of all ranks that are planned at once, at most (but a step at least): what bounds the
+#: memory of a window. With 256 negatives for 64 samples, 32,768 samples.
+WINDOW_DRAWS = 163_840
 
 _THREADS = 2  # one plans while the other reads: numpy lets go of the interpreter in both
 
@@ -76,7 +77,7 @@ class Stream(Iterator[StepSamples]):
 
     Its whole state is `step`, the next step to hand out: what is read ahead does not count. Starting at any step
     costs the same: the first step is read alone, what follows in windows of ever more steps, up to about
-    `WINDOW_SAMPLES`, since planning and reading many samples at once costs less a sample. An error in the background
+    `WINDOW_DRAWS`, since planning and reading many samples at once costs less a sample. An error in the background
     thread is raised by `next` for the step it befell.
 
     Raises ConfigError when there are more ranks than samples in a step.
@@ -94,7 +95,8 @@ class Stream(Iterator[StepSamples]):
         self.step = start_step
         self._plan = plan
         self._readers = [readers[name] for name in plan.platforms]
-        self._window = max(1, WINDOW_SAMPLES // plan.config.samples)  # steps
+        samples, blocks = plan.config.samples, -(-plan.config.samples // plan.config.block_samples)
+        self._window = max(1, WINDOW_DRAWS // (samples + blocks * plan.config.negatives))  # steps
         self._ahead = max((config or StreamConfig()).prefetch, _THREADS * self._window)
         self._start, self._asked = start_step, start_step  # steps below `asked` are read or being read
         self._pool = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="dtrain-stream")
