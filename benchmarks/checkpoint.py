@@ -171,6 +171,7 @@ def main() -> int:
     if options.results and options.results.exists():
         samples = json.loads(options.results.read_text())
     if options.work:
+        options.work = options.work.resolve()  # the ranks start in a folder of their own
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.work) as folder:
         for part in options.part or PARTS:
