@@ -40,9 +40,9 @@ def run(part: str, work: Path) -> Samples:
     ranks = work / "ranks"
     ranks.mkdir(exist_ok=True)
     if part == "write":
-        return run_ranks(2, ranks, parts.write, work, 2 if QUICK else 5, timeout_s=900)[0]
+        return run_ranks(2, ranks, parts.write, work, 2 if QUICK else 5, timeout_s=3600)[0]
     if part == "throughput":
-        return run_ranks(2, ranks, parts.throughput, work, 2 if QUICK else 5, 4, timeout_s=900)[0]
+        return run_ranks(2, ranks, parts.throughput, work, 2 if QUICK else 3, 4, timeout_s=3600)[0]
     saved = work / "total.json"  # the checkpoints serve both parts
     if not saved.exists():
         saved.write_text(json.dumps(run_ranks(2, ranks, parts.prepare, work, timeout_s=300)[0]))

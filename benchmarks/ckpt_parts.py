@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +35,11 @@ def timed(comm: Comm, call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
+def progress(comm: Comm, text: str) -> None:
+    if comm.world.is_main:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 def peak_rss(reset: bool = False) -> float:
     """Highest resident memory since the last reset, in MB."""
     if reset:
@@ -60,7 +66,8 @@ def write(comm: Comm, work: Path, repeats: int) -> Samples:
         saver.finish()
         samples[f"memory_mb/{name}"].append(max(comm.gather_json(peak_rss() - before)))
         gc.collect()
-    for _ in range(repeats):
+    for done in range(repeats):
+        progress(comm, f"write: round {done + 1} of {repeats}")
         for name, saver in made.items():
             settle(comm, work, saver)
             comm.barrier()
@@ -108,7 +115,8 @@ def throughput(comm: Comm, work: Path, rounds: int, idle_steps: int) -> Samples:
         return found + steps(2)
 
     before = steps(idle_steps)
-    for _ in range(rounds):
+    for done in range(rounds):
+        progress(comm, f"throughput: round {done + 1} of {rounds}")
         for name in TRAINED:
             settle(comm, work, made[name])
             comm.barrier()
@@ -150,7 +158,8 @@ def elastic(comm: Comm, work: Path, repeats: int, total: float) -> Samples:
 def _loads(training: Training, work: Path, repeats: int, total: float, key: str, names: tuple[str, ...]) -> Samples:
     comm, samples = training.comm, defaultdict(list)
     made = {name: CONTENDERS[name](training, work / FOLDERS.get(name, "deepspeed")) for name in names}
-    for _ in range(repeats):
+    for done in range(repeats):
+        progress(comm, f"{key}: round {done + 1} of {repeats}")
         for name, loader in made.items():
             training.forget()
             settle(comm, work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 
 from dtrain.core.comm import Comm, connect
 from dtrain.core.errors import ConfigError, StateMismatch
-from dtrain.core.state import Fragment
+from dtrain.core.state import Fragment, FragmentSource
 from dtrain.core.world import World
 from dtrain.engine.build import build_engine
 from dtrain.engine.config import EngineConfig
 from tests.engine_toys import OPTIMIZERS, SCHEDULE, STAGES, build, load, save, state_of, steps
 from tests.ranks import run_ranks
+from tests.store_toys import store_in
 from tests.toy import ToyModel, toy_batch
 
 CASES = [(name, clip, stage) for name, clip in (("adamw", 0.0), ("sgd", 0.3)) for stage in STAGES]
@@ -167,6 +169,37 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(plain: Any) -> No
         engine = build_engine(EngineConfig(name="torch"), OPTIMIZERS["adamw"], SCHEDULE, wide, {}, comm)
         with pytest.raises(StateMismatch, match=r"encoder\.0\.weight: \[12, 6\] in the checkpoint, \[14, 6\] in this"):
             load(engine, comm, plain[1] / "plain")
+
+
+class Slow:
+    """A checkpoint whose reads end two by two, and in an error if `broken`."""
+
+    def __init__(self, source: FragmentSource, broken: str = "") -> None:
+        self._source, self._broken, self._pair = source, broken, threading.Barrier(2)
+        self.names, self.shape, self.read = source.names, source.shape, source.read
+
+    def read_into(self, kind: str, name: str, offset: int, out: torch.Tensor) -> None:
+        self._pair.wait(timeout=60)
+        if name == self._broken:
+            raise OSError(f"{name} went away")
+        self._source.read_into(kind, name, offset, out)
+
+
+def test_tensors_are_read_several_at_a_time_and_a_read_that_fails_is_not_lost(plain: Any) -> None:
+    with connect(World()) as comm:
+        store = store_in(plain[1] / "plain", comm)
+        commit = store.latest()
+        assert commit is not None
+        source = store.open(commit)
+        one, other = build(comm, None), build(comm, None)
+        one.load(source, commit.state)
+        reads = sum(f.kind not in ("rng", "buffer") for f in other.fragments())
+        assert reads % 2 == 0, "they could not end two by two"
+        other.load(Slow(source), commit.state)
+        assert state_of(one).keys() == state_of(other).keys()
+        assert all(np.array_equal(value, state_of(other)[key]) for key, value in state_of(one).items())
+        with pytest.raises(OSError, match=r"encoder\.0\.weight went away"):
+            other.load(Slow(source, "encoder.0.weight"), commit.state)
 
 
 def test_fragments_of_all_ranks_cover_a_replicated_state_once() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ from dtrain.engine.protocol import StepResult
 __all__ = ["BaseEngine", "Piece", "Setup", "StepInput"]
 
 log = logging.getLogger("dtrain")
+
+_READERS = 8  # tensors read at once: object storage answers each request only after a while
 
 
 class StepInput(Protocol):
@@ -206,13 +209,22 @@ class BaseEngine(abc.ABC):
             self._load_scaler(state["scaler"])
         self._load_rng(source, int(state["world_size"]))
 
-    @torch.no_grad()
     def _load_weights(self, source: FragmentSource, *, moments: bool) -> None:
-        for piece in self._pieces():
-            wanted = {"master": piece.master, **(piece.moments if moments else {})}
-            for kind, tensor in wanted.items():
-                _check_shape(source, kind, piece.name, piece.shape)
-                source.read_into(kind, piece.name, piece.offset, tensor)
+        wanted = [
+            (kind, piece, tensor)
+            for piece in self._pieces()
+            for kind, tensor in {"master": piece.master, **(piece.moments if moments else {})}.items()
+        ]
+        for kind, piece, _ in wanted:
+            _check_shape(source, kind, piece.name, piece.shape)
+
+        @torch.no_grad()  # holds for the thread that it runs in
+        def read(kind: str, piece: Piece, tensor: Tensor) -> None:
+            source.read_into(kind, piece.name, piece.offset, tensor)
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="dtrain-load") as readers:
+            for done in [readers.submit(read, *one) for one in wanted]:
+                done.result()
         self._masters_changed()
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
