@@ -174,6 +174,8 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(plain: Any) -> No
 class Slow:
     """A checkpoint whose reads end two by two, and in an error if `broken`."""
 
+    reads_at_once = 8
+
     def __init__(self, source: FragmentSource, broken: str = "") -> None:
         self._source, self._broken, self._pair = source, broken, threading.Barrier(2)
         self.names, self.shape, self.read = source.names, source.shape, source.read

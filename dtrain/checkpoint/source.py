@@ -28,6 +28,10 @@ class ShardedSource:
         if problems:
             raise CheckpointError("; ".join(problems[:_NAMED]))
 
+    @property
+    def reads_at_once(self) -> int:
+        return self._blobs.reads_at_once
+
     def names(self, kind: str) -> list[str]:
         return [name for have, name in self._parts if have == kind]
 

@@ -44,6 +44,11 @@ class Blobs(Protocol):
         """The root, for messages. Contains no credentials."""
         ...
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads should be under way: one for a disk, more where each waits for a server's answer."""
+        ...
+
     def create(self, path: str, content: bytes) -> bool:
         """Write a small file if there is none, of two writers on any two hosts one alone. False if something is there.
 

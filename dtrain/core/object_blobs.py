@@ -22,8 +22,8 @@ MIB = 1 << 20
 PART = 32 * MIB  # bytes of an upload's first parts; S3 takes at least 5 MiB, and 10,000 parts
 PARTS_ALIKE = 1000  # so many parts have one size (some servers want that), then it grows: 10,000 parts hold 1.8 TB
 IN_FLIGHT = 3  # parts that are under way while the next one fills
-RANGE = 16 * MIB  # bytes of a part of a download
-RANGES = 8  # of them under way at once
+RANGE = 8 * MIB  # bytes of a part of a download
+RANGES = 2  # of them under way at once for each reader; a checkpoint is loaded by several
 COPY = MIB  # bytes copied without a chance for other threads to run
 CONFLICTS = 8  # times that a conditional write that met another is tried
 CONFLICT_S = 0.05  # seconds before the second time, at most; doubled from time to time
@@ -32,6 +32,8 @@ WRITER = "dtrain-writer"  # metadata by which a writer knows its own file again
 
 class ObjectBlobs:
     """See `dtrain.core.blobs.Blobs`. `url` is s3://bucket/prefix; `attempts` is how often a request is made at most."""
+
+    reads_at_once = 8
 
     def __init__(self, url: str, attempts: int = 5) -> None:
         parts = urlsplit(url)

@@ -27,7 +27,12 @@ class Fragment:
 
 
 class FragmentSource(Protocol):
-    """A checkpoint as its readers see it."""
+    """A checkpoint as its readers see it. May be read from several threads at once."""
+
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads should be under way to load fast."""
+        ...
 
     def names(self, kind: str) -> Iterable[str]:
         """Names that the checkpoint has for `kind`."""

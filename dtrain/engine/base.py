@@ -28,8 +28,6 @@ __all__ = ["BaseEngine", "Piece", "Setup", "StepInput"]
 
 log = logging.getLogger("dtrain")
 
-_READERS = 8  # tensors read at once: object storage answers each request only after a while
-
 
 class StepInput(Protocol):
     """All that an engine reads of a batch."""
@@ -222,7 +220,7 @@ class BaseEngine(abc.ABC):
         def read(kind: str, piece: Piece, tensor: Tensor) -> None:
             source.read_into(kind, piece.name, piece.offset, tensor)
 
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="dtrain-load") as readers:
+        with ThreadPoolExecutor(source.reads_at_once, thread_name_prefix="dtrain-load") as readers:
             for done in [readers.submit(read, *one) for one in wanted]:
                 done.result()
         self._masters_changed()

@@ -202,6 +202,8 @@ class DeepSpeedEngine(BaseEngine):
 class _Weights:
     """Named tensors in memory as a `FragmentSource` of masters."""
 
+    reads_at_once = 1
+
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
 
