@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from dtrain.checkpoint.commits import CommitLog
 from dtrain.checkpoint.journal import read_chain
+from dtrain.checkpoint.retention import slot_of
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.errors import CheckpointError
 from dtrain.core.failpoints import VARIABLE
@@ -286,7 +288,8 @@ def rubbish(arena: Arena, config: Path) -> list[str]:
     kept = {
         file.path.partition("/")[0] for commit in store.commits() for file in commit.files if file.role == "tensors"
     }
-    left = [name for name in store.blobs.names("") if name.startswith("step-") and name not in kept]
+    damaged = CommitLog(store.blobs).numbers()[1]  # their files stay: the reason may pass
+    left = [name for name in store.blobs.names("") if (slot := slot_of(name)) and not (name in kept or slot in damaged)]
     if not arena.storage:
         left += [path.name for path in (config.parent / "run").rglob("*") if is_temporary(path.name)]
     return [f"left over: {', '.join(left)}"] if left else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed import TCPStore
 
 from dtrain.checkpoint.background import BackgroundSave, SaveResult
 from dtrain.checkpoint.ballot import Ballot
-from dtrain.checkpoint.commits import Commit
+from dtrain.checkpoint.commits import Commit, CommitLog
 from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.journal import read_chain
 from dtrain.checkpoint.snapshot import Snapshot
@@ -30,7 +32,7 @@ from dtrain.core.errors import CheckpointError, ConfigError, CorruptFile, StateM
 from dtrain.core.state import Fragment
 from dtrain.core.storage import read_json
 from dtrain.core.world import World
-from tests.ranks import run_ranks
+from tests.ranks import SERVER, run_ranks
 from tests.store_toys import ALONE, SHAPE, save, snapshot, store_in, whole
 
 
@@ -108,13 +110,14 @@ def test_a_rank_that_cannot_write_fails_the_commit_on_all(tmp_path: Path, root: 
 
 
 def silent(comm: Comm, root: Path) -> str:
-    """Rank 1 answers no vote any more."""
+    """Rank 1 takes part in the claim of the second save and answers no vote any more."""
     store = store_in(root, comm, timeout_s=1)
     store.save(snapshot(1, comm.world))
     if comm.world.rank == 1:
+        store._ballot.lead(lambda: None)
         return ""
     with pytest.raises(CheckpointError) as caught:
-        store.save(snapshot(2, comm.world))
+        store.save(snapshot(2, comm.world, ledger=b"gone again"))
     return str(caught.value)
 
 
@@ -123,6 +126,21 @@ def test_a_rank_that_hangs_fails_the_save_in_bounded_time_and_is_named(tmp_path:
     assert "rank 1 did not answer within checkpoint.timeout_s=1 s" in message
     assert [commit.step for commit in store_in(root).commits()] == [1]
     assert not list(root.glob("step-00000002*"))
+    assert not list(root.glob("ledger/*"))
+
+
+def broken(comm: Comm, root: Path) -> str:
+    store = store_in(root, comm)
+    with pytest.raises(CheckpointError) as caught:
+        store.save(snapshot(1, comm.world, tags={"best": float("inf")}))  # JSON has none
+    return str(caught.value)
+
+
+def test_an_error_that_nobody_foresaw_on_rank_0_fails_the_save_on_all_at_once(tmp_path: Path, root: Path) -> None:
+    for message in run_ranks(2, tmp_path, broken, root):
+        assert "rank 0 failed: ValueError: Out of range float values" in message
+    assert not list(root.glob("step-*"))
+    assert "void_by" in (root / "commits/000001.json").read_text()
 
 
 def leaderless(comm: Comm, root: Path) -> str:
@@ -137,6 +155,64 @@ def leaderless(comm: Comm, root: Path) -> str:
 def test_a_silent_rank_0_is_noticed(tmp_path: Path, root: Path) -> None:
     _, message = run_ranks(2, tmp_path, leaderless, root)
     assert "rank 0 did not answer rank 1 within 1 s" in message
+
+
+def serve(queue: Any) -> None:
+    """A process that keeps the ranks' store, as rank 0 does where the launcher does not."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    queue.put(store.port)
+    threading.Event().wait()
+
+
+def test_a_frozen_rank_0_is_noticed_though_the_store_froze_with_it() -> None:
+    queue = SERVER.Queue()
+    process = SERVER.Process(target=serve, args=(queue,), daemon=True)
+    process.start()
+    try:
+        store = TCPStore("127.0.0.1", queue.get(timeout=60), is_master=False)
+        os.kill(process.pid, signal.SIGSTOP)
+        ballot = Ballot(World(rank=1, size=2, local_rank=1, local_size=2), store, timeout_s=0.2)
+        with pytest.raises(TrainError, match=r"rank 0 did not answer rank 1 within 0\.4 s"):
+            ballot.gather(1)
+    finally:
+        process.kill()
+        process.join()
+    for thread in threading.enumerate():
+        if thread.name == "dtrain-vote":
+            thread.join(60)
+
+
+def test_no_bit_of_a_record_can_flip_unnoticed(store: CheckpointStore, root: Path) -> None:
+    one, two = save(store, 1), save(store, 2, tags={"best": 0.25}, fingerprints={"data": "ab"}, ledger=b"two")
+    path = root / f"commits/{two.number:06d}.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        commits, damaged = CommitLog(store.blobs).read()
+        assert commits == [one, two] or (commits == [one] and len(damaged) == 1), (place, bytes(flipped))
+
+
+def test_a_record_holds_paths_that_are_no_unicode(store: CheckpointStore) -> None:
+    path = os.fsdecode(b"/data/caf\xe9")
+    store.save(dataclasses.replace(snapshot(1), state={"path": path}))
+    assert store.commits()[0].state == {"path": path}
+
+
+def test_a_save_goes_on_at_the_priority_that_it_is_refused_to_lower(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    background = BackgroundSave(store.save, lambda *_: None)
+    background.start(snapshot(1), behind=True)
+    result = background.finish()
+    assert result is not None
+    assert result.error is None
+    assert [commit.step for commit in store.commits()] == [1]
 
 
 @pytest.mark.parametrize("kind", ["tensors", "ledger", "link"])

@@ -16,10 +16,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from dtrain.cli.main import main
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
+from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopflag import StopFlag
 from tests.ranks import run_ranks
 from tests.store_toys import newest
@@ -221,6 +223,16 @@ def test_a_stop_that_can_not_be_obeyed_ends_in_the_time_it_was_given(
     assert first.end() == 76
     assert outcome(tmp_path)["status"] == "failed"
     assert "checkpoint.grace_s=0.5" in outcome(tmp_path)["error"]
+
+
+def test_dtrain_stop_says_when_another_start_has_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(tmp_path, writes=True).begin()
+    later = RunFolder(tmp_path, writes=True)
+    monkeypatch.setattr("dtrain.cli.stop.time.sleep", lambda _: later.begin() if not later.start_id else None)
+    assert main(["stop", str(tmp_path)]) == 5
+    assert f"start {later.start_id} goes on with the run" in capsys.readouterr().err
 
 
 def test_dtrain_stop_says_when_there_is_nothing_to_stop_or_it_takes_too_long(

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.cli.main import main
 from dtrain.core.comm import Comm
 from dtrain.core.errors import StateMismatch
 from dtrain.core.world import World
 from dtrain.data.manifest import Manifest
+from dtrain.train.loop import LoopState
 from dtrain.train.retrievers import open_retrievers
+from dtrain.train.saving import RunSaver
 from dtrain.train.score import score_run
+from dtrain.train.stopping import Stopping
+from tests.engine_toys import build
+from tests.store_toys import store_in
 from tests.train_toys import call, run_config
 
 ALONE = Comm(World(), torch.device("cpu"))
+
+
+def test_a_best_whose_checkpoint_failed_is_not_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Else a worse one that could have been saved later would never be."""
+    store, engine = store_in(tmp_path), build(ALONE, None)
+    write = store._write
+    loop = LoopState(stopping=Stopping(patience=9))
+    run: Any = SimpleNamespace(loop=loop, eras=SimpleNamespace(to_json=list), bound={}, link=None)
+    saver = RunSaver(CheckpointConfig(keep_last=9), {}, run, engine, store, None)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for step, value, room in ((1, 0.1, True), (2, 0.3, False), (3, 0.2, True)):
+        store._write = write if room else full  # type: ignore[method-assign]
+        loop.step, loop.stopping = step, loop.stopping.after(value, step)
+        saver.save(loop, loop.stopping.waited == 0)
+    saver.finish()
+    assert (loop.stopping.best, loop.stopping.best_step) == (0.2, 3)
+    assert [(commit.step, commit.tags) for commit in store.commits()] == [(1, {"best": 0.1}), (3, {"best": 0.2})]
+    assert store.commits()[-1].state["loop"]["stopping"]["best"] == 0.2
+    assert "best so far, of step 2, was not saved" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,35 @@ def test_only_the_newest_start_says_how_a_run_ended_and_only_once(tmp_path: Path
     assert read_outcome(tmp_path) == {"status": "stopped", "start": newer.start_id, "signal": "SIGTERM"}
 
 
+def test_what_can_not_be_written_down_does_not_hide_how_a_run_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    folder.start("", {})
+    folder.log(1, {"loss": 1.0}, {})
+    (tmp_path / "outcome.json").mkdir()
+    folder.outcome("failed", error="the disk is full")
+    folder.close()
+    assert "step 1 is not in the run's log files: [Errno 28] No space left" in caplog.text
+    assert "outcome.json still says that the run is running" in caplog.text
+    with pytest.raises(OSError, match="directory"):
+        RunFolder(tmp_path, writes=True).outcome("completed")
+
+
+def test_a_damaged_log_or_outcome_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "lo\xffs": 1}\n\xfe\n')
+    (tmp_path / "outcome.json").write_bytes(b'{"status": "compl')
+    folder = RunFolder(tmp_path, writes=True)
+    folder.drop_lines_after(2, validated=1)
+    assert folder.read_outcome() == {}
+    assert str(tmp_path / "outcome.json") in caplog.text
+    folder.begin()
+    assert read_outcome(tmp_path)["status"] == "running"
+
+
 def test_a_process_number_that_was_given_away_is_not_the_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=True)
     folder.begin()

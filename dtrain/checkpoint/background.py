@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -57,10 +58,16 @@ class BackgroundSave:
     def _work(self, snapshot: Snapshot, nice: int) -> None:
         began = time.monotonic()
         try:
-            if nice:  # on Linux it is the thread's own, and that of threads it starts
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            if nice:
+                _yield_to_others(nice)
             self._result.commit = self._save(snapshot)
         except BaseException as error:
             self._result.error = error
         self._result.seconds = time.monotonic() - began
         self._told(snapshot, self._result)
+
+
+def _yield_to_others(nice: int) -> None:
+    """Lower this thread's priority; on Linux it is the thread's own, and that of threads it starts."""
+    with contextlib.suppress(OSError):  # it may be lower than that already, and then this would raise it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

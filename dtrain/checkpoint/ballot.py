@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # Python 3.10 has another than the builtin
 from typing import Any
 
 from torch._C._distributed_c10d import Store
@@ -18,6 +22,9 @@ from dtrain.core.world import World
 
 __all__ = ["Ballot"]
 
+log = logging.getLogger("dtrain")
+
+_GRACE_S = 2.0  # for the store to say itself that the time is over
 _VERDICT_S = 30.0  # more time at most for rank 0's word than rank 0 has for the votes, so that its reason arrives
 
 
@@ -34,25 +41,28 @@ class Ballot:
     def lead(self, function: Callable[[], Any]) -> Any:
         """What `function` returns on rank 0 (JSON-able), on every rank.
 
-        Its OSError or CheckpointError is raised on every rank as CheckpointError, Superseded as such.
+        What it raises is raised on every rank as CheckpointError, Superseded as such.
         """
         return self.decide(None, lambda _: function())
 
-    def decide(self, vote: Any, judge: Callable[[list[Any]], Any]) -> Any:
+    def decide(self, vote: Any, judge: Callable[[list[Any]], Any], failed: Callable[[], None] = lambda: None) -> Any:
         """Every rank votes (JSON-able); `judge` makes of the votes, in rank order, on rank 0, what every rank gets.
+
+        Where a vote did not come or `judge` raised, rank 0 calls `failed` before the others hear of it.
 
         Raises CheckpointError on every rank alike: naming the ranks whose vote did not come in time, or with what
         `judge` raised. Raises TrainError on a rank that did not hear from rank 0 in time: it can't know how the vote
         ended, so it must not go on as if it did.
         """
         self._round += 1
-        if self._store is None:
-            return self._verdict(self._judged(lambda: judge([vote])))
         name = f"{self._round}"
         if not self.world.is_main:
             return self._verdict(self._ask(name, vote))
         outcome = self._judged(lambda: judge([vote, *self._votes(name)]))
-        self._store.set(f"{name}/verdict", json.dumps(outcome))
+        if outcome[1]:
+            failed()
+        if self._store is not None:
+            self._store.set(f"{name}/verdict", json.dumps(outcome))
         return self._verdict(outcome)
 
     def gather(self, value: Any) -> list[Any]:
@@ -61,7 +71,9 @@ class Ballot:
         return values
 
     def _votes(self, name: str) -> list[Any]:
-        assert self._store is not None
+        """Those of the other ranks."""
+        if self._store is None:
+            return []
         keys = [f"{name}/{rank}" for rank in range(1, self.world.size)]
         try:
             self._store.wait(keys, datetime.timedelta(seconds=self._timeout_s))
@@ -78,18 +90,22 @@ class Ballot:
         return votes
 
     def _ask(self, name: str, vote: Any) -> list[Any]:
-        assert self._store is not None
-        limit_s = self._timeout_s + min(_VERDICT_S, self._timeout_s)
+        store, limit_s = self._store, self._timeout_s + min(_VERDICT_S, self._timeout_s)
+        assert store is not None
+
+        def exchange() -> list[Any]:
+            store.set(f"{name}/{self.world.rank}", json.dumps(vote))
+            store.wait([f"{name}/verdict"], datetime.timedelta(seconds=limit_s))
+            verdict: list[Any] = json.loads(store.get(f"{name}/verdict"))
+            return verdict
+
         try:
-            self._store.set(f"{name}/{self.world.rank}", json.dumps(vote))
-            self._store.wait([f"{name}/verdict"], datetime.timedelta(seconds=limit_s))
-            verdict: list[Any] = json.loads(self._store.get(f"{name}/verdict"))
-        except RuntimeError as error:
+            return _within(limit_s + _GRACE_S, exchange)
+        except (RuntimeError, FutureTimeout) as error:
             raise TrainError(
                 f"rank 0 did not answer rank {self.world.rank} within {limit_s:g} s; it has died or hangs. See its "
                 "log, then start the run again"
             ) from error
-        return verdict
 
     @staticmethod
     def _judged(judge: Callable[[], Any]) -> list[Any]:
@@ -97,9 +113,31 @@ class Ballot:
             return [judge(), "", False]
         except (OSError, CheckpointError) as error:
             return [None, str(error), isinstance(error, Superseded)]
+        except Exception as error:  # whatever it was, the other ranks must hear of it instead of waiting
+            log.exception("rank 0 failed")
+            return [None, f"rank 0 failed: {type(error).__name__}: {error}", False]
 
     @staticmethod
     def _verdict(outcome: list[Any]) -> Any:
         if outcome[1]:
             raise (Superseded if outcome[2] else CheckpointError)(outcome[1])
         return outcome[0]
+
+
+def _within(seconds: float, call: Callable[[], list[Any]]) -> list[Any]:
+    """What `call` returns or raises; TimeoutError when it takes longer.
+
+    The process that keeps the store may be frozen, and then a store's own timeout does not end a wait: once it is over,
+    TCPStore tells the server so and waits for the answer without a limit (`TCPStore::doWait` of torch 2.13).
+    """
+    done: Future[list[Any]] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: it may never return, and must not keep the process.
+    threading.Thread(target=work, name="dtrain-vote", daemon=True).start()
+    return done.result(seconds)

@@ -2,7 +2,7 @@
 
     attempts/000002        made when a run begins to save; a higher number is a later start of the run
     claims/000007          slot 7 was claimed (by the attempt named in it) before anything was written for it
-    commits/000007.json    the record: the checkpoint exists; or {"void_by": ...}: it never will
+    commits/000007.json    the record with its own SHA-256: the checkpoint exists; or {"void_by": ...}: it never will
 
 A slot goes claimed -> committed | void, or stays claimed when its writer failed. Records are created on condition
 that nothing is there, so the first of two writers wins. An attempt registers first and then voids what earlier
@@ -14,6 +14,7 @@ its void a slot would be open again to a writer that was frozen meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping
@@ -97,9 +98,10 @@ class CommitLog:
 
     def commit(self, record: Commit) -> None:
         """Write the record: from here on the checkpoint exists. Raises Superseded when the slot was voided."""
-        text = json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False, allow_nan=False)
+        raw = dataclasses.asdict(record)
+        text = json.dumps({**raw, "sha256": _digest(raw)}, indent=1, ensure_ascii=False, allow_nan=False)
         path = self.record_path(record.number)
-        if not self.blobs.create(path, text.encode()):
+        if not self.blobs.create(path, text.encode("utf-8", "surrogatepass")):  # as json reads it; paths may need it
             self._check_newest(record.number)
             raise CheckpointError(f"{self.blobs.url}/{path}: already there; two runs write into this folder")
 
@@ -128,8 +130,10 @@ class CommitLog:
             try:
                 raw = json.loads(self.blobs.read(path))
                 if "void_by" not in raw:
+                    if raw.pop("sha256") != _digest(raw):
+                        raise ValueError("its content does not have the SHA-256 that it names")
                     commits.append(Commit.from_json(raw))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 damaged[number] = (
                     f"{self.blobs.url}/{path}: no readable commit record ({type(error).__name__}: {error})"
                 )
@@ -169,3 +173,8 @@ class CommitLog:
                 f"{self.blobs.url}: start {newest} of this run has taken over from start {self.attempt}, which may "
                 "save no more; stop the older processes"
             )
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's content, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()

@@ -83,6 +83,7 @@ class CheckpointStore:
         raw = self._ballot.decide(
             [problem, [dataclasses.asdict(file) for file in files]],
             lambda votes: self._conclude(record, snapshot, votes),
+            failed=lambda: self._give_up(number),
         )
         failpoints.reach("committed")
         return Commit.from_json(raw)
@@ -103,8 +104,8 @@ class CheckpointStore:
         found, damaged = self._find("latest")
         if found is None and damaged:
             raise CheckpointError(
-                f"{self.blobs.url}: none of {damaged} checkpoints is whole; restore it from a copy, or start anew in "
-                "another run=FOLDER"
+                f"{self.blobs.url}: none of {damaged} checkpoints is whole and can be read (see the warnings above); "
+                "mend the storage, restore one from a copy, or start anew in another run=FOLDER"
             )
         return found
 
@@ -175,7 +176,7 @@ class CheckpointStore:
         return files
 
     def _conclude(self, record: Commit, snapshot: Snapshot, votes: list[Any]) -> dict[str, Any]:
-        """Commit what every rank has written, or remove it. Rank 0 alone."""
+        """Commit what every rank has written. Rank 0 alone."""
         try:
             problems = [vote[0] for vote in votes if vote[0]]
             if problems:
@@ -192,10 +193,9 @@ class CheckpointStore:
             failpoints.reach("record")
             self._log.commit(record)
             failpoints.reach("recorded")
+        except Superseded:
+            raise
         except (OSError, CheckpointError) as error:
-            self._give_up(record.number)
-            if isinstance(error, Superseded):
-                raise
             raise CheckpointError(
                 f"checkpoint of step {record.step} was not committed: {error}. Earlier checkpoints are intact; make "
                 "room or mend the cause, then resume"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from dtrain.core.errors import ConfigError, DataError, DtrainError, Interrupted
@@ -14,10 +16,20 @@ from dtrain.core.world import World
 
 __all__ = ["main", "run"]
 
+_WAITING = ("dtrain-save", "dtrain-vote")  # threads of the checkpoint store, when a run ends in the middle of a save
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code."""
-    return run(lambda: _dispatch(sys.argv[1:] if argv is None else list(argv)))
+    code = run(lambda: _dispatch(sys.argv[1:] if argv is None else list(argv)))
+    if any(thread.name in _WAITING for thread in threading.enumerate()):
+        # A save is waiting, in C++, for ranks that may never answer. An interpreter that finalizes meanwhile is aborted
+        # when such a wait ends, and the exit code would be that of SIGABRT.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run(command: Callable[[], int]) -> int:

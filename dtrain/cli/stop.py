@@ -25,7 +25,7 @@ def stop_run(run: str, timeout_s: float) -> int:
     path = Path(run)
     outcome = read_outcome(path)
     if not outcome:
-        raise ConfigError(f"{path}: no run folder (outcome.json is missing); give the `run` of a training")
+        raise ConfigError(f"{path}: no run folder (outcome.json is missing or damaged); give the `run` of a training")
     if outcome["status"] != "running":
         raise TrainError(f"{path}: not running, nothing to stop; {_told(outcome)}")
     _check_alive(path, outcome)
@@ -42,6 +42,8 @@ def stop_run(run: str, timeout_s: float) -> int:
         time.sleep(_LOOK_S)
         seen = _follow(log, seen)
     _follow(log, seen)
+    if outcome["start"] != start:
+        raise TrainError(f"{path}: start {start} ended, and start {outcome['start']} goes on with the run; stop that")
     if outcome["status"] == "failed":
         raise TrainError(f"{path}: ended without a last checkpoint; {_told(outcome)}")
     print(f"{path}: {_told(outcome)}")

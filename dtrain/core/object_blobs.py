@@ -43,7 +43,8 @@ class ObjectBlobs:
                 "credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the server as AWS_ENDPOINT_URL"
             )
         if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment:
-            raise ConfigError(f"{url} is no place in object storage; give s3://bucket/prefix")
+            where = f"{parts.scheme}://{parts.netloc}{parts.path}"  # what follows may be a signature
+            raise ConfigError(f"{where}: no place in object storage; give s3://bucket/prefix, without ? or #")
         prefix = parts.path.strip("/")
         self._root = f"{checked_path(prefix)}/" if prefix else ""
         self._url = f"s3://{parts.netloc}/{prefix}".rstrip("/")

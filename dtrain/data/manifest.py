@@ -112,10 +112,10 @@ class PlatformManifest:
     def files(self) -> list[FileEntry | ShardEntry]:
         return [self.catalog, self.valid, self.test, *self.train]
 
-    def to_json(self) -> dict[str, Any]:
-        """What `dataclasses.asdict` gives, without its deep copies: a resume takes the fingerprint of all this."""
+    def to_json(self, *, blocks: bool = True) -> dict[str, Any]:
+        """What `dataclasses.asdict` gives, without its deep copies; with or without the `blocks` of shards."""
         files = {name: _fields(getattr(self, name)) for name in ("catalog", "valid", "test")}
-        train = [{**_fields(shard), "blocks": _fields(shard.blocks)} for shard in self.train]
+        train = [{**_fields(shard), "blocks": _fields(shard.blocks) if blocks else None} for shard in self.train]
         return {**_fields(self), **files, "train": train}
 
     @classmethod
@@ -142,7 +142,14 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Changes whenever any prepared byte, count or split does."""
-        return fingerprint(self.to_json())
+        return fingerprint(self.contents())
+
+    def contents(self) -> dict[str, Any]:
+        """`to_json` without the blocks of shards, most of it: their shard's SHA-256 stands for them."""
+        return {
+            "schema_version": self.schema_version,
+            "platforms": {name: p.to_json(blocks=False) for name, p in self.platforms.items()},
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {

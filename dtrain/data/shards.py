@@ -75,7 +75,7 @@ class ShardReader:
         self.platform = platform
         self.shards = entry.train
         self._root = manifest.root
-        self._blocks = [(shard, number) for shard, e in enumerate(entry.train) for number in range(len(e.blocks))]
+        self._first_block = np.cumsum([0, *(len(shard.blocks) for shard in entry.train)])  # of each shard
         rows = [count for shard in entry.train for count in shard.blocks.rows]
         self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
         self._start_of_block = np.cumsum([0, *rows])
@@ -145,7 +145,8 @@ class ShardReader:
         self._users.put(slot, offset_R, [letter_T])
 
     def _open_block(self, index: int) -> pa.RecordBatch:
-        shard, number = self._blocks[index]
+        shard = int(np.searchsorted(self._first_block, index, side="right")) - 1
+        number = index - int(self._first_block[shard])
         entry = self.shards[shard]
         block = entry.blocks[number]
         path = f"{self._root}/{entry.path}"

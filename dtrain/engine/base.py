@@ -221,8 +221,12 @@ class BaseEngine(abc.ABC):
             source.read_into(kind, piece.name, piece.offset, tensor)
 
         with ThreadPoolExecutor(source.reads_at_once, thread_name_prefix="dtrain-load") as readers:
-            for done in [readers.submit(read, *one) for one in wanted]:
-                done.result()
+            try:
+                for done in [readers.submit(read, *one) for one in wanted]:
+                    done.result()
+            except BaseException:
+                readers.shutdown(cancel_futures=True)  # a server that is away would be asked for every tensor
+                raise
         self._masters_changed()
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.comm import Comm, connect, lost_rank
 from dtrain.core.config import dump_yaml
-from dtrain.core.errors import ConfigError, DtrainError, TrainError
+from dtrain.core.errors import ConfigError, TrainError
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
@@ -65,7 +65,7 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> st
             folder.start_id = comm.gather_json(folder.start_id)[0]
             log.info("start %s of %s on %d ranks", folder.start_id, folder.path, world.size)
             return _run(config, comm, folder, began, before, stop)
-    except (DtrainError, OSError, RuntimeError) as error:
+    except Exception as error:
         if reason := stop.stopped_at_start():
             folder.outcome("stopped", signal=reason)
             return "stopped"

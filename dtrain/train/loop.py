@@ -113,7 +113,7 @@ class Loop:
             disable=not self.comm.world.is_main,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds; a file or a job's log needs no animation
         ) as bar:
-            self.stop.begin()
+            self.stop.begin(self.comm)
             if self.state.step > 0 and self._validation_due():
                 self._validate_and_save()
             while not (self.stop.agree(self.comm) or self._ended):
@@ -148,7 +148,8 @@ class Loop:
         slow = self._validation_due() or self._due(self.config.checkpoint_every)
         if slow and not self.stop.agree(self.comm):
             self._validate_and_save()
-        if self.weights_every > 0 and self.state.step % self.weights_every == 0 and self._saved_step != self.state.step:
+        weights = self.weights_every > 0 and self.state.step % self.weights_every == 0
+        if weights and self._saved_step != self.state.step and not self.stop.agreed:
             self.saver.save_weights(self.state)
             self._meter.restart()
 

@@ -11,6 +11,7 @@ Each start of a run has a random id, which outcome.json names, so that a request
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -50,8 +51,13 @@ def versions() -> dict[str, str]:
 
 
 def read_outcome(path: Path) -> dict[str, Any]:
-    """outcome.json of a run folder, or {}."""
-    return dict(read_json(path / "outcome.json")) if (path / "outcome.json").is_file() else {}
+    """outcome.json of a run folder; {} where it is missing or no JSON object."""
+    file = path / "outcome.json"
+    try:
+        return dict(read_json(file)) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        logging.getLogger("dtrain").warning("%s is damaged, its content does not count: %s", file, error)
+        return {}
 
 
 def stop_request(path: Path, start_id: str) -> Path:
@@ -128,39 +134,53 @@ class RunFolder:
         """Forget logged steps after `step` and validations after `validated`, which a resumed run makes again."""
         path = self.path / "log.jsonl"
         if self.writes and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if _is_of(line, step, validated)))
 
     def log(self, step: int, line: dict[str, Any], scalars: dict[str, float]) -> None:
-        """Append one line to log.jsonl and the scalars to the TensorBoard events."""
+        """Append one line to log.jsonl and the scalars to the TensorBoard events.
+
+        A disk that is full does not end the run here: it is said, and whether checkpoints can be saved decides.
+        """
         if self._log is None:
             return
-        self._log.write(json.dumps({"step": step, **line}) + "\n")
-        self._log.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        try:
+            self._log.write(json.dumps({"step": step, **line}) + "\n")
+            self._log.flush()
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
+        except OSError as error:
+            logging.getLogger("dtrain").error("step %d is not in the run's log files: %s", step, error)
 
     def outcome(self, status: str, **facts: Any) -> None:
         """How the run stands: running, completed, stopped_early, stopped, interrupted or failed.
 
         The first status other than running stays: a thread that gives up on the run may write it before the run does.
-        So does what a later start of the run has written, which this one must not speak for.
+        So does what a later start of the run has written, which this one must not speak for. That a failure could not
+        be written down must not replace the failure: it is only logged.
         """
         with self._outcome:
             later = status != "running" and self.read_outcome().get("start", self.start_id) != self.start_id
             if self.writes and not self._ended and not later:
                 self._ended = status != "running"
-                write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
+                try:
+                    write_json(self.path / "outcome.json", {"status": status, "start": self.start_id, **facts})
+                except OSError as error:
+                    if status not in ("failed", "interrupted"):
+                        raise
+                    logging.getLogger("dtrain").error("outcome.json still says that the run is running: %s", error)
 
     def read_outcome(self) -> dict[str, Any]:
         return read_outcome(self.path)
 
     def close(self) -> None:
-        if self.writes and self.start_id:
-            self.stop_request.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as in `log`
+            if self.writes and self.start_id:
+                self.stop_request.unlink(missing_ok=True)
         if self._log is not None:
-            self._log.close()
-            self._events.close()
+            for file in (self._log, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
             self._log = None
 
 

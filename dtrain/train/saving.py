@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -39,10 +40,14 @@ class RunSaver:
     store: CheckpointStore
     ledger: Ledger | None
     _background: BackgroundSave = field(init=False)
+    _best: tuple[float | None, int] = field(init=False)  # and its step, of those that were saved
+    _saving: Snapshot | None = None  # the save in flight
     _failed: int = 0  # saves in a row
 
     def __post_init__(self) -> None:
         self._background = BackgroundSave(self.store.save, _tell)
+        stopping = self.run.loop.stopping
+        self._best = stopping.best, stopping.best_step
 
     def save(self, state: LoopState, best: bool) -> None:
         self._settle()
@@ -75,6 +80,7 @@ class RunSaver:
 
     def _start(self, snapshot: Snapshot) -> None:
         began = time.monotonic()
+        self._saving = dataclasses.replace(snapshot, fragments=())
         self._background.start(snapshot, behind=self.config.async_)
         if not self.config.async_:
             self._settle()
@@ -87,6 +93,7 @@ class RunSaver:
             return
         if result.commit is None:
             assert result.error is not None
+            self._forget_best()
             if not isinstance(result.error, CheckpointError) or isinstance(result.error, Superseded):
                 raise result.error
             self._failed += 1
@@ -94,9 +101,19 @@ class RunSaver:
                 raise result.error
         elif result.commit.kind == "full":
             self._failed = 0
+            if "best" in result.commit.tags:
+                self._best = result.commit.tags["best"], result.commit.step
             self.run.link = result.commit.ledger
             if self.ledger is not None:
                 self.ledger.committed()
+
+    def _forget_best(self) -> None:
+        """A best whose checkpoint failed can't be gone back to: the one before it is the best again."""
+        assert self._saving is not None
+        loop = self.run.loop
+        if "best" in self._saving.tags and loop.stopping.best_step == self._saving.step:
+            log.warning("the best so far, of step %d, was not saved; the one before counts again", self._saving.step)
+            loop.stopping = dataclasses.replace(loop.stopping, best=self._best[0], best_step=self._best[1])
 
 
 def _tell(snapshot: Snapshot, result: SaveResult) -> None:

@@ -103,8 +103,9 @@ class StopFlag:
         self._folder, self._grace_s = folder, grace_s
         threading.Thread(target=self._look, name="dtrain-stop", daemon=True).start()
 
-    def begin(self) -> None:
-        """The loop begins: from here on a stop saves a checkpoint."""
+    def begin(self, comm: Comm) -> None:
+        """The loop begins, on all ranks at once: from here on a stop saves a checkpoint. A collective call."""
+        comm.barrier()
         with self._lock:
             self._running = True
 
@@ -153,9 +154,10 @@ class StopFlag:
         step yet at which they would hear of it. One `stat` a look, and a hung disk holds up this thread alone."""
         assert self._folder is not None
         while not self._done.wait(_LOOK_S) and (self._folder.writes or not self._running):
-            if reason := self._requested():
-                self.ask(reason)
-                return
+            with contextlib.suppress(OSError):  # of a shared disk that is away for a while
+                if reason := self._requested():
+                    self.ask(reason)
+                    return
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
