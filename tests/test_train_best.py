@@ -26,7 +26,7 @@ from dtrain.train.saving import RunSaver
 from dtrain.train.score import score_run
 from dtrain.train.stopping import Stopping
 from tests.engine_toys import build
-from tests.store_toys import store_in
+from tests.store_toys import forge, store_in
 from tests.train_toys import call, run_config
 
 ALONE = Comm(World(), torch.device("cpu"))
@@ -111,9 +111,8 @@ def test_an_audit_against_another_plan_fails(stopped: Path, tmp_path: Path, caps
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     assert main(["audit", str(run)]) == 0
-    record = max((run / "checkpoints/commits").iterdir())
-    commit = json.loads(record.read_text(encoding="utf-8"))
-    commit["state"]["eras"][0]["plan"]["seed"] += 1
-    record.write_text(json.dumps(commit), encoding="utf-8")
+    store = store_in(run / "checkpoints")
+    number = store.commits()[-1].number
+    forge(run / "checkpoints", number, lambda raw: raw["state"]["eras"][0]["plan"].update(seed=12345))
     assert main(["audit", str(run)]) == 4
     assert "NOT as planned" in capsys.readouterr().out
