@@ -29,10 +29,12 @@ from tests.store_toys import store_in
 from tests.train_toys import run_config
 
 __all__ = [
+    "LIMIT_S",
     "Arena",
     "Fault",
     "Found",
     "Row",
+    "await_",
     "cut_run",
     "damages",
     "differences",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from dtrain.core.errors import TrainError
 from tests.faults import (
+    LIMIT_S,
     Arena,
     cut_run,
     damages,
@@ -16,14 +20,15 @@ from tests.faults import (
     superseded,
 )
 from tests.s3_server import s3_server
-from tests.train_toys import write_shops
+from tests.store_toys import store_in
+from tests.train_toys import ROOT, environment, free_port, write_shops
 
 SAMPLE = (
     "SIGKILL of rank 1, writing",
     "SIGKILL after the record",
     "SIGKILL of rank 0, writing, asynchronous",
     "disk full on rank 1, writing, asynchronous",
-    "SIGSTOP of rank 1, writing",
+    "SIGSTOP of rank 0, writing",
 )
 
 
@@ -41,6 +46,30 @@ def test_a_run_survives(arena: Arena, name: str) -> None:
     assert row.fired == 1
 
 
+def test_an_error_in_the_middle_of_a_save_has_its_exit_code_on_every_rank(tmp_path: Path) -> None:
+    """Whatever a thread of the save still waits for, in C++, while the interpreter goes."""
+    rendezvous = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.abandoned_save", str(tmp_path)],
+            cwd=ROOT,
+            env={**environment(), **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(LIMIT_S) for rank in ranks] == [TrainError.exit_code] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert store_in(tmp_path).commits() == []
+
+
 def test_every_fault_of_the_soak_has_a_name_of_its_own() -> None:
     names = [fault.name for fault in injected()]
     assert len(set(names)) == len(names)
@@ -48,7 +77,7 @@ def test_every_fault_of_the_soak_has_a_name_of_its_own() -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(arena: Arena) -> None:
-    row = play_damage(arena, cut_run(arena), "tensors", "flip")
+    row = play_damage(arena, cut_run(arena), "record", "flip")
     assert row.problems == []
 
 

@@ -142,7 +142,7 @@ class S3Calls:
         else:
             fix = "check AWS_ENDPOINT_URL, the network and the server, then resume"
         words = f"no end within {_REQUEST_S} s" if isinstance(error, asyncio.TimeoutError) else str(error)
-        words = re.sub(r"(?<=//)\S*@", "", words)[:500]  # an endpoint's user and password
+        words = re.sub(r"\S*@", "", words)[:500]  # an endpoint's user and password
         about = f" {key}" if key else ""
         refused = S3Refused(f"{self._url}: {method}{about} failed ({type(error).__name__}: {words}); {fix}")
         refused.code, refused.status = code, status
