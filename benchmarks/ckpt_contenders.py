@@ -93,7 +93,22 @@ class Dtrain:
         self._training.engine.load(self.store.open(commit), commit.state["engine"])
 
 
-class DeepSpeed:
+class _AtOnce:
+    """A save that has ended when `start` returns, in a folder of its own."""
+
+    _folder: Path
+
+    def ended(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        return
+
+    def tidy(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class DeepSpeed(_AtOnce):
     """`synced`: every rank fsyncs what it wrote, so that the checkpoint is durable when the save ends."""
 
     def __init__(self, training: Training, folder: Path, synced: bool = False, universal: bool = False) -> None:
@@ -105,15 +120,6 @@ class DeepSpeed:
         if self._synced:
             sync_files(self._folder / "saved", self._training.comm.world.rank)
             self._training.comm.barrier()
-
-    def ended(self) -> bool:
-        return True
-
-    def finish(self) -> None:
-        return
-
-    def tidy(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def load(self) -> None:
         engine = self._training.engine._engine
@@ -166,7 +172,7 @@ class TorchCheckpoint:
         self._training.engine._masters_changed()
 
 
-class PlainWrite:
+class PlainWrite(_AtOnce):
     """Every rank writes the bytes of its tensors to a file and fsyncs it: the floor of a durable save."""
 
     def __init__(self, training: Training, folder: Path) -> None:
@@ -180,15 +186,6 @@ class PlainWrite:
                 for start in range(0, len(data), _CHUNK_BYTES):
                     file.write(data[start : start + _CHUNK_BYTES])
             os.fsync(file.fileno())
-
-    def ended(self) -> bool:
-        return True
-
-    def finish(self) -> None:
-        return
-
-    def tidy(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def load(self) -> None:
         raise NotImplementedError

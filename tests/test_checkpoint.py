@@ -194,10 +194,11 @@ def test_no_bit_of_a_record_can_flip_unnoticed(store: CheckpointStore, root: Pat
         assert commits == [one, two] or (commits == [one] and len(damaged) == 1), (place, bytes(flipped))
 
 
-def test_a_record_holds_paths_that_are_no_unicode(store: CheckpointStore) -> None:
+def test_a_record_holds_paths_that_are_no_unicode_and_keys_that_are_no_text(store: CheckpointStore) -> None:
     path = os.fsdecode(b"/data/caf\xe9")
-    store.save(dataclasses.replace(snapshot(1), state={"path": path}))
-    assert store.commits()[0].state == {"path": path}
+    store.save(dataclasses.replace(snapshot(1), state={"path": path, "seen": {9: 1, 10: 2}}))
+    assert store.damaged_records() == []
+    assert store.commits()[0].state == {"path": path, "seen": {"9": 1, "10": 2}}
 
 
 def test_a_save_goes_on_at_the_priority_that_it_is_refused_to_lower(

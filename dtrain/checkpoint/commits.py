@@ -98,7 +98,7 @@ class CommitLog:
 
     def commit(self, record: Commit) -> None:
         """Write the record: from here on the checkpoint exists. Raises Superseded when the slot was voided."""
-        raw = dataclasses.asdict(record)
+        raw = json.loads(json.dumps(dataclasses.asdict(record), allow_nan=False))  # as a reader will see it
         text = json.dumps({**raw, "sha256": _digest(raw)}, indent=1, ensure_ascii=False, allow_nan=False)
         path = self.record_path(record.number)
         if not self.blobs.create(path, text.encode("utf-8", "surrogatepass")):  # as json reads it; paths may need it

@@ -24,7 +24,7 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 class LocalBlobs:
     """See `dtrain.core.blobs.Blobs`. Folders are made when something is written into them."""
 
-    reads_at_once = 1  # several, each somewhere else, were a fifth slower
+    reads_at_once = 1  # several, each somewhere else, were a quarter slower (docs/benchmarks/checkpoint.md)
 
     root: Path
 

@@ -142,19 +142,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Changes whenever any prepared byte, count or split does."""
-        return fingerprint(self.contents())
+        return fingerprint(self.to_json(blocks=False))  # most of it; their shard's SHA-256 stands for them
 
-    def contents(self) -> dict[str, Any]:
-        """`to_json` without the blocks of shards, most of it: their shard's SHA-256 stands for them."""
+    def to_json(self, *, blocks: bool = True) -> dict[str, Any]:
         return {
             "schema_version": self.schema_version,
-            "platforms": {name: p.to_json(blocks=False) for name, p in self.platforms.items()},
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema_version": self.schema_version,
-            "platforms": {name: p.to_json() for name, p in self.platforms.items()},
+            "platforms": {name: p.to_json(blocks=blocks) for name, p in self.platforms.items()},
         }
 
     def save(self) -> None:
