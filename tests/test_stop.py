@@ -59,7 +59,7 @@ def _cut(comm: Comm, config: str, run: str, steps: int | None) -> list[str]:
 
 def _kept(run: Path) -> tuple[list[dict[str, Any]], pa.Table, dict[str, torch.Tensor]]:
     """What must not depend on how a run was cut: its log without times, its ledger, its last checkpoint."""
-    timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "wall_s"}
+    timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "checkpoint_s", "wall_s"}
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     _, tensors, ledger = newest(run / "checkpoints")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines], ledger, tensors

@@ -7,7 +7,8 @@ DtrainError                 exit code 1
 |- CheckpointError          4   a checkpoint that is damaged, missing or can't be written
 |  |- StateMismatch         4   a checkpoint or model that belongs to other data, tokenizer or config
 |  `- Superseded            4   a later start of the run has taken over: this one may save no more
-|- TrainError               5   a run that can't go on (non-finite losses, a lost rank)
+|- TrainError               5   a run that can't go on (non-finite losses)
+|  `- LostRank              5   another rank has died, hung or can't be reached any more
 |- ExportError              6   an export that does not reproduce the run
 `- Interrupted              130 Ctrl-C, at once: a second one where the first asked a training to stop
    |- Stopped               75  asked to stop (signal or `dtrain stop`), saved and ended; EX_TEMPFAIL of sysexits.h:
@@ -27,6 +28,7 @@ __all__ = [
     "DtrainError",
     "ExportError",
     "Interrupted",
+    "LostRank",
     "StateMismatch",
     "StopOverdue",
     "Stopped",
@@ -67,6 +69,10 @@ class Superseded(CheckpointError):
 
 class TrainError(DtrainError):
     exit_code = 5
+
+
+class LostRank(TrainError):
+    pass
 
 
 class ExportError(DtrainError):

@@ -20,6 +20,7 @@ __all__ = [
     "is_temporary",
     "make_folders",
     "read_json",
+    "read_jsonl",
     "sha256_file",
     "temporary_name",
     "write_json",
@@ -109,3 +110,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file written by `write_json`."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, [] where there is no file. Lines torn by a kill are left out."""
+    found = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    found.append(line)
+    return found

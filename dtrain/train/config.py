@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dtrain.batches.config import BatchConfig
 from dtrain.checkpoint.config import CheckpointConfig
+from dtrain.core.cluster import ClusterConfig
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
 from dtrain.data.mixture import MixtureConfig
@@ -104,6 +105,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dist: DistConfig = field(default_factory=DistConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.batch.fresh_items is not None and self.train.task == "recommend" and not self.model.memory:

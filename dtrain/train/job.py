@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
+import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.comm import Comm, connect, lost_rank
 from dtrain.core.config import dump_yaml
-from dtrain.core.errors import ConfigError, TrainError
+from dtrain.core.errors import ConfigError, LostRank
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
@@ -33,18 +34,27 @@ from dtrain.train.config import RunConfig
 from dtrain.train.loop import Loop
 from dtrain.train.open import open_store
 from dtrain.train.resume import go_on
-from dtrain.train.runfolder import RunFolder, open_log, versions
+from dtrain.train.runfolder import Observer, RunFolder, open_log, versions
 from dtrain.train.saving import RunSaver
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.stopflag import StopFlag
 from dtrain.train.validation import validator
 
-__all__ = ["run_job", "set_threads"]
+__all__ = ["Start", "run_job", "set_threads"]
 
 log = logging.getLogger("dtrain")
 
 
-def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What whoever starts a run may add to it."""
+
+    cause: str = ""  # why it is started again; "" for a person's own doing
+    machine: str = field(default_factory=socket.gethostname)  # the name of this rank's
+    observer: Observer | None = None  # of what is logged, on rank 0
+
+
+def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start: Start | None = None) -> str:
     """Train `config` to its end, from the newest whole checkpoint of its run folder where there is one.
 
     Every rank calls it. Returns "completed", "stopped_early" (by early stopping) or "stopped" (when asked to, at the
@@ -52,32 +62,30 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None) -> st
     when its owner listens to them. Raises DtrainError.
     """
     config = config.completed()
-    stop = stop or StopFlag()
+    stop, start = stop or StopFlag(), start or Start()
     set_threads(config, world)
-    folder = RunFolder(config.run, writes=world.is_main)
+    folder = RunFolder(config.run, writes=world.is_main, observer=start.observer)
     open_log(folder, world.rank)
-    began = time.time()
-    before = folder.read_outcome()
     folder.begin()
     stop.watch(folder, config.checkpoint.grace_s)
     try:
         with connect(world, timeout_s=config.dist.timeout_s) as comm:
             folder.start_id = comm.gather_json(folder.start_id)[0]
             log.info("start %s of %s on %d ranks", folder.start_id, folder.path, world.size)
-            return _run(config, comm, folder, began, before, stop)
+            return _run(config, comm, folder, stop, start)
     except Exception as error:
         if reason := stop.stopped_at_start():
             folder.outcome("stopped", signal=reason)
             return "stopped"
         if lost_rank(error):
-            error = TrainError(
+            error = LostRank(
                 f"rank {world.rank} lost another rank, which has died or hung for dist.timeout_s="
                 f"{config.dist.timeout_s:g} s ({error}). See the other ranks' logs, then start the run again"
             )
-        folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=round(time.time() - began, 1))
+        folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=folder.wall_s())
         raise error
     except KeyboardInterrupt:
-        folder.outcome("interrupted", wall_s=round(time.time() - began, 1))
+        folder.outcome("interrupted", wall_s=folder.wall_s())
         raise
     finally:
         stop.close()
@@ -90,7 +98,7 @@ def set_threads(config: RunConfig, world: World) -> None:
     torch.set_num_threads(config.dist.threads or max(1, cores // world.local_size))
 
 
-def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before: dict[str, Any], stop: StopFlag) -> str:
+def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start: Start) -> str:
     store = open_store(folder.path, config, comm)
     commit = _commit_to_resume(config, store)
     inputs = open_inputs(config, comm)
@@ -98,6 +106,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
     state, began_at = run.loop, run.loop.step
     _check_world(config, comm.world)
     engine = _engine(config, inputs, comm, store, commit)
+    folder.mark_start(state.step, start.cause, comm.gather_json(start.machine))
     folder.drop_lines_after(state.step, state.validated)
     folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture), state.step)
     _keep_encoder(folder, inputs, engine)
@@ -123,8 +132,8 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
             stop=stop,
         )
         status = loop.run()
-    if state.step == began_at and before.get("status") == status != "stopped":
-        folder.outcome(**before)  # it had ended before: what it took stays on record
+    if state.step == began_at and folder.previous.get("status") == status != "stopped":
+        folder.outcome(**folder.previous)  # it had ended before: what it took stays on record
     else:
         folder.outcome(
             status,
@@ -133,7 +142,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, began: float, before:
             best_step=state.stopping.best_step,
             metric=f"{config.train.aggregate} {config.train.metric}",
             skipped=engine.state()["skipped"],
-            wall_s=round(time.time() - began, 1),
+            wall_s=folder.wall_s(),
             **({"signal": stop.agreed} if status == "stopped" else {}),
         )
     comm.barrier()  # a launcher ends the other ranks when one exits with an error code: none does before this is there

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from tqdm import tqdm
 
 from dtrain.core import failpoints
 from dtrain.core.comm import Comm
@@ -21,6 +18,7 @@ from dtrain.data.stream import StepSamples, Stream
 from dtrain.engine.protocol import Engine, StepResult
 from dtrain.train.config import TrainConfig
 from dtrain.train.meter import Meter
+from dtrain.train.progress import Progress
 from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopflag import StopFlag
 from dtrain.train.stopping import Stopping, aggregate
@@ -98,6 +96,7 @@ class Loop:
     _meter: Meter = field(init=False)
     _began: float = field(default_factory=time.perf_counter)
     _saved_step: int = field(init=False)
+    _checkpoint_s: float | None = None  # what the last save held up the training, until it is logged
 
     def run(self) -> str:
         """Returns "completed", "stopped_early" or "stopped". The last step is saved in any case, and validated unless
@@ -106,18 +105,12 @@ class Loop:
         if self.state.meter is not None:
             self._meter.resume(self.state.meter, self.comm)
         self._saved_step = self.state.step  # a run that was at its end already has nothing new to save
-        with tqdm(
-            total=self.config.steps,
-            initial=self.state.step,
-            unit="step",
-            disable=not self.comm.world.is_main,
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds; a file or a job's log needs no animation
-        ) as bar:
+        with Progress(self.config.steps, self.state.step, shown=self.comm.world.is_main) as progress:
             self.stop.begin(self.comm)
             if self.state.step > 0 and self._validation_due():
                 self._validate_and_save()
             while not (self.stop.agree(self.comm) or self._ended):
-                self._step(bar)
+                self._step(progress)
         if self._saved_step != self.state.step:
             self._save(False)
         self.saver.finish()
@@ -129,7 +122,7 @@ class Loop:
     def _ended(self) -> bool:
         return self.state.step >= self.config.steps or self.state.stopping.stopped
 
-    def _step(self, bar: tqdm[Any]) -> None:
+    def _step(self, progress: Progress) -> None:
         failpoints.reach("step", self.state.step + 1)
         asked = time.perf_counter()
         samples = next(self.stream)
@@ -137,13 +130,13 @@ class Loop:
         wait_s = time.perf_counter() - asked
         result = self.engine.train_step(batch)
         self.state.step += 1
-        self._meter.add(batch, result, wait_s)
+        self._meter.add(batch, result, wait_s, samples.plan.platform_B)
         if self.ledger is not None:
             self.ledger.record(samples)
         self._guard(batch, result)
-        bar.update()
         if self._due(self.config.log_every):
-            self._log(result, bar)
+            self._log(result, progress)
+        progress.step()
         # Asked while the step ran: what else is due now may take minutes, which the one who asked may not give us.
         slow = self._validation_due() or self._due(self.config.checkpoint_every)
         if slow and not self.stop.agree(self.comm):
@@ -165,7 +158,9 @@ class Loop:
         if improved or self._due(self.config.checkpoint_every):
             self._meter.restart()  # but a checkpoint that a stop brought about must not cut the log's window
         self.state.meter = self._meter.to_json(self.comm)
+        began = time.perf_counter()
         self.saver.save(self.state, improved)
+        self._checkpoint_s = time.perf_counter() - began
         self._saved_step = self.state.step
         self._meter.restart()
 
@@ -186,14 +181,14 @@ class Loop:
                 f"(platform, shard, row) of the last step: {[i for part in ids for i in part][:64]}"
             )
 
-    def _log(self, result: StepResult, bar: tqdm[Any]) -> None:
+    def _log(self, result: StepResult, progress: Progress) -> None:
         line = self._meter.read(self.comm)
         norm = result.grad_norm if math.isfinite(result.grad_norm) else None  # JSON knows no NaN
+        line["checkpoint_s"], self._checkpoint_s = self._checkpoint_s, None
         line |= {"lr": result.lr, "grad_norm": norm, "wall_s": time.perf_counter() - self._began}
-        bar.set_postfix_str(
+        progress.figures(
             f"loss {line['loss'] or float('nan'):.3f}, {line['targets_per_s']:.0f} targets/s, "
-            f"{line['tokens_per_s']:.0f} tokens/s, padding {line['padding']:.0%}",
-            refresh=False,
+            f"{line['tokens_per_s']:.0f} tokens/s, padding {line['padding']:.0%}"
         )
         scalars = {f"train/{k}": v for k, v in line.items() if isinstance(v, (int, float))}
         scalars |= {f"train/loss/{k}": v for k, v in line["loss_per_platform"].items() if v is not None}

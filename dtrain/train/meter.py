@@ -26,15 +26,19 @@ class Meter:
     _local: np.ndarray = field(default_factory=lambda: np.zeros(2))  # tokens, cells (padding included)
     _loss_P: np.ndarray = field(init=False)  # summed loss
     _weight_P: np.ndarray = field(init=False)  # summed target weight
+    _samples_P: np.ndarray = field(init=False)
     _skipped: int = 0
 
     def __post_init__(self) -> None:
         self._loss_P = np.zeros(len(self.platforms))
         self._weight_P = np.zeros(len(self.platforms))
+        self._samples_P = np.zeros(len(self.platforms))
 
-    def add(self, batch: StepBatch | PairBatch, result: StepResult, wait_s: float) -> None:
-        """Count one step; `wait_s` is how long the loop waited for its batch."""
+    def add(self, batch: StepBatch | PairBatch, result: StepResult, wait_s: float, platform_B: np.ndarray) -> None:
+        """Count one step; `wait_s` is how long the loop waited for its batch, `platform_B` the platform number of each
+        sample of the step, those of all ranks."""
         self._steps += 1
+        self._samples_P += np.bincount(platform_B, minlength=len(self.platforms))
         self._wait_s += wait_s
         self._local += (batch.tokens, batch.padded_tokens)
         if result.skipped:
@@ -55,6 +59,7 @@ class Meter:
                 name: float(loss / w) if w else None
                 for name, loss, w in zip(self.platforms, self._loss_P, self._weight_P, strict=True)
             },
+            "samples_per_platform": dict(zip(self.platforms, self._samples_P.astype(int).tolist(), strict=True)),
             "targets_per_s": weight / wall_s,
             "tokens_per_s": float(tokens) / wall_s,
             "padding": float(1.0 - tokens / cells) if cells else 0.0,
@@ -71,6 +76,7 @@ class Meter:
             "local": comm.sum(self._local).tolist(),
             "loss": self._loss_P.tolist(),
             "weight": self._weight_P.tolist(),
+            "samples": self._samples_P.tolist(),
             "skipped": self._skipped,
         }
 
@@ -80,6 +86,7 @@ class Meter:
         self._local += np.array(saved["local"]) if comm.world.is_main else 0.0
         self._loss_P += saved["loss"]
         self._weight_P += saved["weight"]
+        self._samples_P += saved["samples"]
         self._skipped = int(saved["skipped"])
 
     def restart(self) -> None:
@@ -88,3 +95,4 @@ class Meter:
         self._local[:] = 0
         self._loss_P[:] = 0
         self._weight_P[:] = 0
+        self._samples_P[:] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dtrain.core.storage import read_json, write_text
+from dtrain.core.storage import read_json, read_jsonl, write_text
 from dtrain.train.metrics import METRICS
 from dtrain.train.plots import Bar, Series, bar_chart, line_chart
+from dtrain.train.runfolder import read_timeline
 from dtrain.train.table import number
 
 __all__ = ["read_log", "render_report", "write_report"]
@@ -40,21 +42,14 @@ padding:12px;overflow-x:auto;font-size:13px}
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Objects of a log.jsonl, in order. A line torn by a kill is left out, as is a step logged again after a resume."""
-    lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), (int, float)):
-                lines.append(line)
+    lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), (int, float))]
     latest = {(line["step"], "valid" in line): line for line in lines}
     return [latest[key] for key in sorted(latest)]
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html` from the run's metrics.json, log.jsonl, facts.json, outcome.json and config.yaml.
+    """Write `run/report.html` from the run's metrics.json, log.jsonl, timeline.jsonl, facts.json, outcome.json and
+    config.yaml.
 
     What is not there yet is left out of the page, which says so. Returns its path.
     """
@@ -68,6 +63,7 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         metrics=optional("metrics.json"),
         log=read_log(run / "log.jsonl"),
+        timeline=read_timeline(run),
         facts={**optional("facts.json"), **optional("outcome.json")},
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
@@ -80,11 +76,13 @@ def render_report(
     name: str,
     metrics: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
+    timeline: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     config: str,
 ) -> str:
-    """The page as HTML text; `metrics` as `evaluate` gives them, `log` as `read_log` does. All text is escaped."""
-    body = [f"<h1>{escape(name)}</h1>", _headline(metrics), *_results(metrics), *_curves(log)]
+    """The page as HTML text; `metrics` as `evaluate` gives them, `log` as `read_log` does, `timeline` as
+    `read_timeline`. All text is escaped."""
+    body = [f"<h1>{escape(name)}</h1>", _headline(metrics), *_results(metrics), *_curves(log), *_starts(timeline, log)]
     body.append("<h2>Facts</h2>" + (_facts(facts) if facts else '<p class="none">no facts.json</p>'))
     if config:
         body.append(f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>")
@@ -190,6 +188,25 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
         for title, lines, zero in charts
     )
     return [f'<h2>Curves</h2><div class="cards">{cards}</div>']
+
+
+def _starts(timeline: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many ranks took which steps, where the run was started more than once, and why."""
+    if len(timeline) < 2:
+        return []
+    ends = [start["step"] for start in timeline[1:]] + [max([timeline[-1]["step"], *(line["step"] for line in log)])]
+    points = [(float(s), float(start["ranks"])) for start, end in zip(timeline, ends) for s in (start["step"], end)]
+    chart = line_chart([Series("ranks", points)], label="Ranks that took each step", from_zero=True)
+    rows = []
+    for place, start in enumerate(timeline, 1):
+        at = datetime.datetime.fromtimestamp(start["at"], datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        cells = (place, at, start["step"], start["ranks"], ", ".join(start["machines"]), start["cause"])
+        rows.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    header = "".join(f"<th>{cell}</th>" for cell in ("start", "UTC", "from step", "ranks", "machines", "because of"))
+    return [
+        f'<h2>Starts</h2><div class="cards"><div class=card><h3>Ranks</h3>{chart}</div></div>'
+        f'<div class="scroll"><table class="starts"><tr>{header}</tr>{"".join(rows)}</table></div>'
+    ]
 
 
 def _series(name: str, lines: Iterable[Mapping[str, Any]], *keys: str) -> Series:

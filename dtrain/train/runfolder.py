@@ -3,6 +3,7 @@
 config.yaml    the resolved config          log.jsonl     one JSON object a logged step or validation
 facts.json     versions, fingerprints       log.txt       the human log of rank 0
 outcome.json   how it stands or ended       tensorboard/  the curves as events
+timeline.jsonl one JSON object a start: when, why, from which step, on how many ranks and on which machines
 checkpoints/   the checkpoint store         metrics.json, report.html  written by `dtrain evaluate`
 stop-START     asks the start of the run with that id to stop; there for moments only
 
@@ -20,21 +21,38 @@ import secrets
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
-from dtrain.core.storage import read_json, write_json, write_text
+from dtrain.core.storage import read_json, read_jsonl, write_json, write_text
 
-__all__ = ["LIBRARIES", "REQUEST", "RunFolder", "is_gone", "open_log", "read_outcome", "stop_request", "versions"]
+__all__ = [
+    "GROWTH",
+    "LIBRARIES",
+    "PREEMPTION",
+    "REQUEST",
+    "Observer",
+    "RunFolder",
+    "is_gone",
+    "open_log",
+    "read_outcome",
+    "read_timeline",
+    "stop_request",
+    "versions",
+]
 
 LIBRARIES = ("dtrain", "torch", "transformers", "deepspeed", "pyarrow", "webdataset", "numpy", "tokenizers")
 
+#: Why a run stops when it was no signal that asked it: a person, or a cluster that is about to start it again.
+REQUEST, GROWTH, PREEMPTION = "dtrain stop", "more workers", "preemption"
 
-#: Why a run stops when it was no signal that asked it.
-REQUEST = "dtrain stop"
+#: Called on rank 0 with the step and with what log.jsonl has of it, as it is written.
+Observer = Callable[[int, Mapping[str, Any]], None]
 
 _CLOCK_S = 5.0  # times of creation count from the boot time, which setting the clock moves a little
 
@@ -60,6 +78,11 @@ def read_outcome(path: Path) -> dict[str, Any]:
         return {}
 
 
+def read_timeline(path: Path) -> list[dict[str, Any]]:
+    """The starts of a run so far, first to last. A line torn by a kill is left out."""
+    return [line for line in read_jsonl(path / "timeline.jsonl") if "ranks" in line and "step" in line]
+
+
 def stop_request(path: Path, start_id: str) -> Path:
     """The file in a run folder that asks the start `start_id` to stop."""
     return path / f"stop-{start_id}"
@@ -83,10 +106,13 @@ def is_gone(outcome: dict[str, Any]) -> bool:
 class RunFolder:
     """Paths and writers of one run. Only rank 0 writes; the others hold a folder with `writes=False`."""
 
-    def __init__(self, path: str | Path, *, writes: bool) -> None:
+    def __init__(self, path: str | Path, *, writes: bool, observer: Observer | None = None) -> None:
         self.path = Path(path)
         self.writes = writes
+        self._observer = observer
         self.start_id = ""  # of this start of the run; rank 0 makes it and tells the others
+        self.previous: dict[str, Any] = {}  # how the start before ended
+        self._began = time.monotonic()
         self._ended = False
         self._outcome = threading.Lock()
         self._log: IO[str] | None = None
@@ -114,6 +140,7 @@ class RunFolder:
             return
         for stale in self.path.glob("stop-*"):
             stale.unlink(missing_ok=True)
+        self.previous = self.read_outcome()
         self.start_id = secrets.token_hex(8)
         process = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
         self.outcome("running", **process)
@@ -130,6 +157,19 @@ class RunFolder:
         # TensorBoard drops what an earlier start has logged of the steps that are taken again.
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
 
+    def wall_s(self) -> float:
+        """Seconds since this start began, to a tenth."""
+        return round(time.monotonic() - self._began, 1)
+
+    def mark_start(self, step: int, cause: str, machines: Sequence[str]) -> None:
+        """Add this start to the timeline. `machines`: every rank's, in rank order."""
+        if not self.writes:
+            return
+        line = {"start": self.start_id, "at": round(time.time(), 1), "cause": cause, "step": step}
+        line |= {"ranks": len(machines), "machines": sorted(set(machines))}
+        with open(self.path / "timeline.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
     def drop_lines_after(self, step: int, validated: int) -> None:
         """Forget logged steps after `step` and validations after `validated`, which a resumed run makes again."""
         path = self.path / "log.jsonl"
@@ -144,6 +184,8 @@ class RunFolder:
         """
         if self._log is None:
             return
+        if self._observer is not None:
+            self._observer(step, line)
         try:
             self._log.write(json.dumps({"step": step, **line}) + "\n")
             self._log.flush()

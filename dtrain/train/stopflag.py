@@ -27,7 +27,7 @@ import numpy as np
 
 from dtrain.core.errors import Interrupted, StopOverdue, Stopped
 from dtrain.core.storage import write_text
-from dtrain.train.runfolder import REQUEST, RunFolder
+from dtrain.train.runfolder import GROWTH, PREEMPTION, REQUEST, RunFolder
 
 if TYPE_CHECKING:  # importing it takes seconds, in which signals should be heard already
     from dtrain.core.comm import Comm
@@ -39,7 +39,7 @@ log = logging.getLogger("dtrain")
 #: Each of them, to any rank, asks the whole run to stop.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-_REASONS = (*(number.name for number in SIGNALS), REQUEST)
+_REASONS = (*(number.name for number in SIGNALS), REQUEST, GROWTH, PREEMPTION)
 
 _LOOK_S = 1.0  # seconds between two looks for a request
 _LAST_WORDS_S = 5.0  # seconds that a hung disk or terminal may hold up a process that leaves
@@ -116,7 +116,7 @@ class StopFlag:
             self._timer.cancel()
 
     def ask(self, reason: str) -> None:
-        """This rank is asked to stop, for one of SIGNALS' names or REQUEST. Asking again changes nothing."""
+        """This rank is asked to stop, for one of _REASONS. Asking again changes nothing."""
         with self._lock:
             if self._reason:
                 return

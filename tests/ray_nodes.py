@@ -1,0 +1,72 @@
+"""Real Ray clusters for tests: several raylets on this machine, which a test may add and kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+__all__ = ["Nodes", "nodes"]
+
+_STORE = 80 << 20  # bytes of a node's object store, about the least that Ray takes
+
+
+def _ports(*names: str) -> dict[str, int]:
+    """Ports that the system chose. A raylet whose agents' ports are given does not wait for the agents to tell them."""
+    probes = [socket.socket() for _ in names]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    found = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+    for probe in probes:
+        probe.close()
+    return found
+
+
+class Nodes:
+    """A cluster whose head has no room for workers; the others have `cpus` each."""
+
+    def __init__(self, count: int, cpus: int = 1) -> None:
+        self._cpus = cpus
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._args(0, include_dashboard=False))
+        self._others = [self._start() for _ in range(count)]
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self) -> None:
+        """One more."""
+        self._others.append(self._start())
+
+    def kill(self, number: int) -> None:
+        """Kill one, and all that runs on it, at once."""
+        self._cluster.remove_node(self._others.pop(number), allow_graceful=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+        self._cluster.shutdown()
+
+    def _start(self) -> Any:
+        return self._cluster.add_node(**self._args(self._cpus))
+
+    def _args(self, cpus: int, **more: Any) -> dict[str, Any]:
+        agents = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+        return {"num_cpus": cpus, "object_store_memory": _STORE, **_ports(*agents), **more}
+
+
+@contextlib.contextmanager
+def nodes(count: int, cpus: int = 1) -> Iterator[Nodes]:
+    """A cluster for the length of the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else on the machine
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    found = Nodes(count, cpus)
+    try:
+        yield found
+    finally:
+        found.close()
