@@ -91,6 +91,17 @@ def _dispatch(argv: list[str]) -> int:
     train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory; do nothing")
     train.set_defaults(function=_train)
 
+    submit = commands.add_parser("submit", help="train on a Ray cluster: send code and config as a job and follow it")
+    submit.add_argument("config", help=f"YAML file, {overridable}")
+    submit.add_argument("overrides", nargs="*", default=[])
+    submit.add_argument(
+        "--address", default="", help="of the cluster's dashboard (default: RAY_ADDRESS, or this machine)"
+    )
+    submit.add_argument("--working-dir", default=".", help="checkout of dtrain to send (default: here)")
+    submit.add_argument("--dry-run", action="store_true", help="print what would be sent; do nothing")
+    submit.add_argument("--detach", action="store_true", help="do not follow the job")
+    submit.set_defaults(function=_submit)
+
     stop = commands.add_parser("stop", help="have a running training save and end, whatever started it")
     stop.add_argument("run", help="run folder")
     stop.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for it (default 600)")
@@ -177,6 +188,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from dtrain.cli.train import train
 
     return train(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from dtrain.cli.submit import submit_job
+
+    return submit_job(arguments)
 
 
 def _stop(arguments: argparse.Namespace) -> int:

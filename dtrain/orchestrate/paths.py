@@ -8,35 +8,46 @@ from pathlib import Path
 from dtrain.core.errors import ConfigError
 from dtrain.train.config import RunConfig
 
-__all__ = ["anchored"]
+__all__ = ["anchored", "check_shared"]
+
+
+def check_shared(config: RunConfig) -> None:
+    """Raise ConfigError for a relative path, which is another place on every node.
+
+    The working directory of a submitted job is a copy that each node has for itself.
+    """
+    for key, path in (
+        ("run", config.run),
+        ("data.path", config.data.path),
+        ("checkpoint.path", config.checkpoint.path),
+        ("evaluate.retriever", config.evaluate.retriever),
+    ):
+        if _relative(path):
+            raise ConfigError(
+                f"{key}={path}: is relative, and each node of a job has a working directory of its own. Give an "
+                "absolute path on storage that all nodes share, or a URL"
+            )
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """`config` with relative paths made absolute, as they are here.
-
-    Raises ConfigError for a relative path in a submitted job: its working directory is a copy, one on each node, so
-    that what is written there is seen nowhere else and lost.
-    """
+    """`config` with relative paths made absolute, as they are here. Raises as `check_shared` in a submitted job."""
+    if "runtime_resources" in Path.cwd().parts:  # where Ray unpacks what was submitted
+        check_shared(config)
     encoder = config.model.encoder
-    name = _absolute("model.encoder.name", encoder.name) if Path(encoder.name).is_dir() else encoder.name
+    name = _absolute(encoder.name) if Path(encoder.name).is_dir() else encoder.name
     return dataclasses.replace(
         config,
-        run=_absolute("run", config.run),
-        data=dataclasses.replace(config.data, path=_absolute("data.path", config.data.path)),
+        run=_absolute(config.run),
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
         model=dataclasses.replace(config.model, encoder=dataclasses.replace(encoder, name=name)),
-        checkpoint=dataclasses.replace(config.checkpoint, path=_absolute("checkpoint.path", config.checkpoint.path)),
-        evaluate=dataclasses.replace(
-            config.evaluate, retriever=_absolute("evaluate.retriever", config.evaluate.retriever)
-        ),
+        checkpoint=dataclasses.replace(config.checkpoint, path=_absolute(config.checkpoint.path)),
+        evaluate=dataclasses.replace(config.evaluate, retriever=_absolute(config.evaluate.retriever)),
     )
 
 
-def _absolute(key: str, path: str) -> str:
-    if not path or "://" in path or Path(path).is_absolute():
-        return path
-    if "runtime_resources" in Path.cwd().parts:  # where Ray unpacks what was submitted
-        raise ConfigError(
-            f"{key}={path}: is relative, and the working directory of a submitted job is a copy that each node has for "
-            "itself. Give an absolute path on storage that all nodes share, or a URL"
-        )
-    return str(Path.cwd() / path)
+def _relative(path: str) -> bool:
+    return bool(path) and "://" not in path and not Path(path).is_absolute()
+
+
+def _absolute(path: str) -> str:
+    return str(Path.cwd() / path) if _relative(path) else path
