@@ -55,3 +55,11 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.train_toys import write_shops  # it imports this module's WORDS
 
     return write_shops(tmp_path_factory.mktemp("shops"))
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
+    """The run that those on clusters are compared with; see `tests.ray_runs`."""
+    from tests.ray_runs import unbroken_run
+
+    return unbroken_run(tmp_path_factory.mktemp("unbroken"), shops, tiny_encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,10 @@ import psutil
 
 from tests.jobs import Job
 
-__all__ = ["Hosts", "why_not"]
+__all__ = ["TOKEN", "Hosts", "why_not"]
+
+#: Without it nobody may speak to the Ray cluster of these hosts.
+TOKEN = secrets.token_hex(32)
 
 _NET = "10.88.0"  # seen inside of the namespaces alone
 _STORE = 80 << 20  # bytes of a node's object store, about the least that Ray takes
@@ -72,11 +76,11 @@ class Hosts:
     def address(self, number: int) -> str:
         return f"{_NET}.{number}"
 
-    def job(self, number: int, arguments: list[str], **env: str) -> Job:
+    def job(self, number: int, arguments: list[str]) -> Job:
         """A command on a host."""
-        return Job(["ip", "netns", "exec", self._names[number], *arguments], **self._env(number), **env)
+        return Job(["ip", "netns", "exec", self._names[number], *arguments], **self._env(number))
 
-    def start_ray(self, number: int, **env: str) -> None:
+    def start_ray(self, number: int) -> None:
         """The Ray node of a host, with room for one worker; the first host's is the head, with none."""
         role = ["--head", "--port=6379", "--dashboard-host=127.0.0.1", "--num-cpus=0"]
         if number != 1:
@@ -84,7 +88,7 @@ class Hosts:
         own = [f"--node-ip-address={self.address(number)}", f"--temp-dir={self._temp(number)}"]
         command = ["ray", "start", *role, *own, f"--object-store-memory={_STORE}", "--disable-usage-stats"]
         for _ in range(_TRIES):
-            started = self.job(number, command, **_IMPATIENT, **env)
+            started = self.job(number, command)
             if started.end() == 0:
                 return
             self.kill(number)
@@ -107,4 +111,5 @@ class Hosts:
 
     def _env(self, number: int) -> dict[str, str]:
         """Gloo would ask the host's name for an address, which all of them share."""
-        return {"RAY_TMPDIR": self._temp(number), "GLOO_SOCKET_IFNAME": "eth0", "RAY_worker_niceness": "0"}
+        ray = {"RAY_TMPDIR": self._temp(number), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        return {**ray, **_IMPATIENT, "RAY_worker_niceness": "0", "GLOO_SOCKET_IFNAME": "eth0"}

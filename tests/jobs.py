@@ -14,7 +14,7 @@ __all__ = ["Job"]
 
 
 class Job:
-    """Runs `arguments`, with a free port for PORT in them."""
+    """Runs `arguments`, with a free port for PORT in them. As a context, it ends with the block."""
 
     def __init__(self, arguments: list[str], **env: str) -> None:
         self.process = subprocess.Popen(
@@ -29,6 +29,12 @@ class Job:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for us
         )
         self.lines: list[str] = []
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
     def until(self, words: str) -> None:
         """Read until a line has `words`."""
