@@ -33,7 +33,6 @@ from tests.faults import (
     Arena,
     Row,
     again,
-    await_,
     cut_run,
     damages,
     differences,
@@ -144,7 +143,7 @@ def kills(arena: Arena) -> Iterator[Row]:
             if done < KILLS:
                 starting = chance.random() < 0.25
                 if not starting:
-                    await_(lambda gang=gang: "step/s" in gang.said() or not gang.running())
+                    gang.until(lambda gang=gang: "step/s" in gang.said(), LIMIT_S)
                 gang.wait(chance.uniform(0.0, STARTING_S if starting else STEPPING_S))
                 victims = chance.choice([[rank] for rank in range(size)] + [list(range(size))])
                 if gang.running():

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from dtrain.checkpoint.store import CheckpointStore
+from dtrain.cli.main import main
 from dtrain.data.pseudonym import KEY_VARIABLE
+from tests.blob_toys import PART
 from tests.prepare_toys import KEY
+from tests.store_toys import ALL, fill, store_in
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
+
+Cli = Callable[..., tuple[int, str]]  # see `cli`
 
 WORDS = (
     "red green blue small large soft hard round square old new garden kitchen toy game lamp chair mug clock box film "
@@ -63,3 +74,60 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder
     from tests.ray_runs import unbroken_run
 
     return unbroken_run(tmp_path_factory.mktemp("unbroken"), shops, tiny_encoder)
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[S3Server]:
+    from tests.s3_server import s3_server  # slow to load
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server, without faults and with an empty bucket; small parts, and no waiting between attempts."""
+    for name, value in running_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name, value in {"PART": PART, "RANGE": PART // 2, "CONFLICT_S": 0}.items():
+        monkeypatch.setattr(f"dtrain.core.object_blobs.{name}", value)
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", PART)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+    running_server.requests.clear()
+    yield running_server
+    running_server.faults.clear()
+    running_server.ignore = ()
+    for key in running_server.objects():
+        running_server.client.delete_object(Bucket=running_server.bucket, Key=key)
+    for key, upload in running_server.uploads():
+        running_server.client.abort_multipart_upload(Bucket=running_server.bucket, Key=key, UploadId=upload)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where `store` keeps its checkpoints."""
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def store(root: Path) -> CheckpointStore:
+    return store_in(root)
+
+
+@pytest.fixture
+def filled(root: Path) -> None:
+    """The store in `root` has checkpoints, see `fill`."""
+    fill(store_in(root, config=ALL))
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`dtrain checkpoint ARGUMENTS`: exit code and everything it printed."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["checkpoint", *map(str, arguments)])
+        return code, "".join(capsys.readouterr())
+
+    return run

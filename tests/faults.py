@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +33,6 @@ __all__ = [
     "Fault",
     "Found",
     "Row",
-    "await_",
     "cut_run",
     "damages",
     "differences",
@@ -358,11 +356,11 @@ def superseded(arena: Arena, name: str, size: int = 2) -> Row:
     points.write_text(json.dumps(stops), encoding="utf-8")
     older = arena.start(config, size, ("dist.timeout_s=600",), {VARIABLE: str(points)})
     marks = [points.with_name(f"{points.name}.fired.{rank}") for rank in range(size)]
-    await_(lambda: all(mark.exists() for mark in marks) or not older.running())
+    older.until(lambda: all(mark.exists() for mark in marks), LIMIT_S)
     survived = newest(arena, config)
     problems = [] if survived == AT else [f"step {survived} survived, not {AT}"]
     younger = arena.start(config, size)
-    await_(lambda: newest(arena, config) > AT or not younger.running())
+    younger.until(lambda: newest(arena, config) > AT, LIMIT_S)
     older.signal(signal.SIGCONT)
     codes = older.wait(LIMIT_S)
     if codes != [CheckpointError.exit_code] * size:
@@ -379,10 +377,3 @@ def superseded(arena: Arena, name: str, size: int = 2) -> Row:
         problems.append(f"outcome.json says {outcome['status']}")
     problems += differences(arena, config, reference)
     return Row("two starts of one run", size, codes, survived, survived, problems)
-
-
-def await_(happened: Callable[[], bool]) -> None:
-    """Look every 20 ms until `happened`, or LIMIT_S are over."""
-    deadline = time.monotonic() + LIMIT_S
-    while not happened() and time.monotonic() < deadline:
-        time.sleep(0.02)

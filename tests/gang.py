@@ -7,12 +7,14 @@ runs. No launcher watches them: a rank that loses the others must end by itself,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from tests.ranks import SERVER
 from tests.train_toys import free_port
 
 __all__ = ["Gang", "start"]
+
+IN_MODIFY, IN_CREATE = 0x2, 0x100  # see inotify(7)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Gang:
             if number not in but:
                 rank.join(max(0.0, deadline - time.monotonic()))
         return [rank.exitcode for rank in self.ranks]
+
+    def until(self, happened: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until `happened`, a rank has ended, or `timeout_s` are over.
+
+        Asked again at every change in the folder of `log`: whatever a rank says, and new files.
+        """
+        deadline = time.monotonic() + timeout_s
+        libc = ctypes.CDLL(None)
+        with open(libc.inotify_init1(os.O_CLOEXEC), "rb", buffering=0) as changes:
+            watch = libc.inotify_add_watch(changes.fileno(), os.fsencode(self.log.parent), IN_MODIFY | IN_CREATE)
+            assert watch >= 0, f"no inotify of {self.log.parent}"
+            while not happened() and self.running() and (left := deadline - time.monotonic()) > 0:
+                if changes in wait([changes, *(rank.sentinel for rank in self.ranks)], left):
+                    changes.read(1 << 16)
 
     def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to these ranks (all of them by default); ranks that have ended are passed over."""

@@ -62,7 +62,7 @@ class Job:
     def kill(self) -> None:
         """End it, whatever it does, and its ranks."""
         if self.process.poll() is None:
-            for process in self.ranks().values():
+            for process in self.ranks().values():  # a launcher puts them into sessions of their own
                 process.kill()
             os.killpg(self.process.pid, signal.SIGKILL)
         assert self.process.stdout is not None

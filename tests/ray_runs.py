@@ -53,8 +53,10 @@ def ledger(run: Path) -> pa.Table:
 
 
 def same_run(run: Path, reference: Path) -> None:
-    """Assert the same samples in the same order, each step logged once, and the same losses but for the order of adding,
-    which the number of ranks decides."""
+    """Assert the same samples in the same order, each step logged once, and the same losses.
+
+    But for rounding: the number of ranks decides in which order is added.
+    """
     assert ledger(run).equals(ledger(reference)), "other samples, or another order"
     mine, theirs = losses(run), losses(reference)
     assert [step for step, *_ in mine] == [step for step, *_ in theirs], "other steps were logged"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+import yaml
 
 from dtrain.checkpoint.ballot import Ballot
 from dtrain.checkpoint.commits import Commit, CommitLog
@@ -24,6 +25,7 @@ from dtrain.data.ledger import read_ledger
 
 SHAPE = (5, 7)
 ALONE = Comm(World(), torch.device("cpu"))
+ALL = CheckpointConfig(keep_last=9)
 
 
 def store_in(
@@ -53,6 +55,29 @@ def snapshot(step: int, world: World = ALONE.world, **values: Any) -> Snapshot:
 
 def save(store: CheckpointStore, step: int, **values: Any) -> Commit:
     return store.save(snapshot(step, **values))
+
+
+def fill(store: CheckpointStore) -> None:
+    """Save steps 10, 20 (best), 25 (weights alone) and 30, with a ledger."""
+    made: list[Commit] = []
+    for step in (10, 20, 30):
+        about = {"ledger": f"rows of {step}".encode(), "ledger_after": made[-1].ledger if made else None}
+        tags = {"best": 0.5} if step == 20 else {}
+        made.append(save(store, step, tags=tags, fingerprints={"manifest": "ab12"}, **about))
+        if step == 20:
+            save(store, 25, kind="weights")
+
+
+def as_run(folder: Path, store: Path, **checkpoint: Any) -> Path:
+    """A run folder whose checkpoints are in `store`."""
+    folder.mkdir()
+    config = {"run": str(folder), "data": {"path": "gone"}, "checkpoint": {"path": str(store), **checkpoint}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder
+
+
+def tensors_of(root: Path, step: int) -> Path:
+    return next(root.glob(f"step-{step:08d}-*/*.safetensors"))
 
 
 def forge(root: Path, number: int, change: Callable[[dict[str, Any]], object]) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -23,9 +23,10 @@ from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopflag import StopFlag
+from tests.jobs import Job
 from tests.ranks import run_ranks
 from tests.store_toys import newest
-from tests.train_toys import ROOT, call, command, environment, free_port, run_config
+from tests.train_toys import call, command, free_port, run_config
 
 STEPS = 12
 ENDLESS = {"steps": 1_000_000, "valid_every": 20, "checkpoint_every": 0, "log_every": 5}
@@ -84,78 +85,43 @@ def test_a_run_that_is_stopped_everywhere_ends_as_an_unbroken_one(
     assert all(torch.equal(tensor, expected[2][name]) for name, tensor in tensors.items())
 
 
-class Job:
-    """A training in processes of its own, whose stderr is read as it comes."""
+@dataclass
+class Endless:
+    """Starts a run that ends only when it is asked to, and waits until it has trained for a while."""
 
-    def __init__(self, arguments: list[str], **env: str) -> None:
-        self.process = subprocess.Popen(
-            [part.replace("PORT", str(free_port())) for part in arguments],
-            cwd=ROOT,
-            env={**environment(), **env},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for us
-        )
-        self.lines: list[str] = []
+    config: Callable[..., Path]
+    jobs: list[Job] = field(default_factory=list)
 
-    def until(self, words: str) -> None:
-        """Read until a line has `words`."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if words in line:
-                return
-        raise AssertionError(f"ended without {words!r}:\n{''.join(self.lines[-40:])}")
+    def pair(self, until: str = "step 20: valid", **sections: Any) -> list[Job]:
+        """Two ranks that no launcher watches over."""
+        config, port = str(self.config(**sections)), str(free_port())
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in ("0", "1"):
+            self.jobs.append(Job([sys.executable, "launch/train.py", config], RANK=rank, LOCAL_RANK=rank, **world))
+        self.jobs[-2].until(until)
+        return self.jobs[-2:]
 
-    def ranks(self) -> dict[int, psutil.Process]:
-        """The processes below a launcher that hold a rank."""
-        found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if "launch/train.py" in child.cmdline() and "RANK" in child.environ() and not child.children():
-                found[int(child.environ()["RANK"])] = child
-        return found
-
-    def end(self) -> int:
-        assert self.process.stderr is not None
-        self.lines += self.process.stderr.readlines()
-        return self.process.wait(timeout=120)
+    def by(self, *launcher: str, **sections: Any) -> Job:
+        self.jobs.append(Job([*launcher, "launch/train.py", str(self.config(**sections))]))
+        self.jobs[-1].until("step 20: valid")
+        return self.jobs[-1]
 
 
 @pytest.fixture
-def jobs() -> Iterator[list[Job]]:
-    """Jobs to be ended whatever happens."""
-    started: list[Job] = []
-    yield started
-    for job in started:
-        for process in [*job.ranks().values()] if job.process.poll() is None else []:
-            process.kill()
-        if job.process.poll() is None:
-            job.process.kill()
-        assert job.process.stderr is not None
-        job.process.stderr.close()
-        job.process.wait(timeout=60)
-
-
-def pair(jobs: list[Job], config: Path) -> list[Job]:
-    """Two ranks that no launcher watches over."""
-    port = str(free_port())
-    for rank in ("0", "1"):
-        world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        jobs.append(Job([sys.executable, "launch/train.py", str(config)], **world))
-    return jobs[-2:]
+def endless(tmp_path: Path, shops: Path, tiny_encoder: Path) -> Iterator[Endless]:
+    """What it started is ended whatever happens."""
+    runs = Endless(functools.partial(run_config, tmp_path, shops, tiny_encoder, train=ENDLESS))
+    yield runs
+    for job in runs.jobs:
+        job.kill()
 
 
 def outcome(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "outcome.json").read_text())
 
 
-def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_of_its_own(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
-) -> None:
-    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
-    first.until("step 20: valid")
+def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_of_its_own(tmp_path: Path, endless: Endless) -> None:
+    first, second = endless.pair()
     second.process.send_signal(signal.SIGUSR1)
     assert (first.end(), second.end()) == (75, 75), first.lines[-20:]
     ended = outcome(tmp_path)
@@ -167,43 +133,35 @@ def test_a_signal_to_any_rank_saves_and_ends_all_with_the_code_of_its_own(
     assert not list((tmp_path / "run").glob("stop-*"))
 
 
-def test_torchrun_passes_a_signal_on(tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]) -> None:
-    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS)
-    jobs.append(Job([*TORCHRUN, "launch/train.py", str(config)]))
-    jobs[0].until("step 20: valid")
-    jobs[0].process.send_signal(signal.SIGTERM)
-    assert jobs[0].end() != 0
+def test_torchrun_passes_a_signal_on(tmp_path: Path, endless: Endless) -> None:
+    job = endless.by(*TORCHRUN)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() != 0
     assert outcome(tmp_path)["status"] == "stopped"
 
 
-def test_dtrain_stop_does_it_under_deepspeed(tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]) -> None:
-    config = run_config(tmp_path, shops, tiny_encoder, engine={"name": "deepspeed"}, train=ENDLESS)
-    jobs.append(Job([*DEEPSPEED, "launch/train.py", str(config)]))
-    jobs[0].until("step 20: valid")
+def test_dtrain_stop_does_it_under_deepspeed(tmp_path: Path, endless: Endless) -> None:
+    job = endless.by(*DEEPSPEED, engine={"name": "deepspeed"})
     done = call(command("stop", str(tmp_path / "run")))
     assert done.returncode == 0, done.stderr
     assert "stopped at step" in done.stdout
     assert "saving and stopping" in done.stderr
-    assert jobs[0].end() == 75
+    assert job.end() == 75
     assert outcome(tmp_path)["signal"] == "dtrain stop"
 
 
 def test_a_signal_to_one_rank_before_the_first_step_ends_all_with_nothing_saved(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
+    tmp_path: Path, endless: Endless
 ) -> None:
-    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
-    first.until("on 2 ranks")
+    first, second = endless.pair(until="on 2 ranks")
     second.process.send_signal(signal.SIGTERM)
     assert (first.end(), second.end()) == (75, 75), first.lines
     assert (outcome(tmp_path)["status"], outcome(tmp_path)["signal"]) == ("stopped", "SIGTERM")
     assert not (tmp_path / "run/checkpoints/commits").exists()
 
 
-def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
-) -> None:
-    first, second = pair(jobs, run_config(tmp_path, shops, tiny_encoder, train=ENDLESS))
-    first.until("step 20: valid")
+def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(tmp_path: Path, endless: Endless) -> None:
+    first, second = endless.pair()
     second.process.send_signal(signal.SIGSTOP)
     first.process.send_signal(signal.SIGINT)
     first.until("SIGINT: saving and stopping")
@@ -212,12 +170,8 @@ def test_a_second_ctrl_c_leaves_at_once_though_a_rank_hangs(
     assert outcome(tmp_path)["status"] == "interrupted"
 
 
-def test_a_stop_that_can_not_be_obeyed_ends_in_the_time_it_was_given(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
-) -> None:
-    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS, checkpoint={"grace_s": 0.5})
-    first, second = pair(jobs, config)
-    first.until("step 20: valid")
+def test_a_stop_that_can_not_be_obeyed_ends_in_the_time_it_was_given(tmp_path: Path, endless: Endless) -> None:
+    first, second = endless.pair(checkpoint={"grace_s": 0.5})
     second.process.send_signal(signal.SIGSTOP)
     first.process.send_signal(signal.SIGTERM)
     assert first.end() == 76
@@ -235,26 +189,23 @@ def test_dtrain_stop_says_when_another_start_has_taken_over(
     assert f"start {later.start_id} goes on with the run" in capsys.readouterr().err
 
 
-def test_dtrain_stop_says_when_there_is_nothing_to_stop_or_it_takes_too_long(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, jobs: list[Job]
-) -> None:
+def test_dtrain_stop_says_when_there_is_nothing_to_stop_or_it_takes_too_long(tmp_path: Path, endless: Endless) -> None:
     run = str(tmp_path / "run")
     missing = call(command("stop", run))
     assert (missing.returncode, "no run folder" in missing.stderr) == (2, True)
-    config = run_config(tmp_path, shops, tiny_encoder, train=ENDLESS)
-    jobs.append(Job([sys.executable, "launch/train.py", str(config)]))
-    jobs[0].until("step 20: valid")
-    jobs[0].process.send_signal(signal.SIGSTOP)
+    job = endless.by(sys.executable)
+    job.process.send_signal(signal.SIGSTOP)
     late = call(command("stop", run, "--timeout", "0.1"))
     assert (late.returncode, "still running" in late.stderr) == (76, True)
-    jobs[0].process.send_signal(signal.SIGKILL)
-    os.waitid(os.P_PID, jobs[0].process.pid, os.WEXITED | os.WNOWAIT)  # dead, but still in the table of processes
+    job.process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOWAIT)  # dead, but still in the table of processes
     assert outcome(tmp_path)["status"] == "running"
     killed = call(command("stop", run))
     assert (killed.returncode, "was killed" in killed.stderr) == (5, True)
     # That request is left behind. It names a start that is no more, so the next one runs to its end.
     assert list((tmp_path / "run").glob("stop-*"))
-    again = call([sys.executable, "launch/train.py", str(config), "train.steps=25", "schedule.total_steps=1000000"])
+    config = str(tmp_path / "run.yaml")
+    again = call([sys.executable, "launch/train.py", config, "train.steps=25", "schedule.total_steps=1000000"])
     assert again.returncode == 0, again.stderr
     ended = call(command("stop", run))
     assert (ended.returncode, "completed at step 25" in ended.stderr) == (5, True)
