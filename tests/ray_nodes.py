@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
-__all__ = ["Nodes", "nodes"]
+from dtrain.core.failpoints import VARIABLE
+from tests.train_toys import ROOT
+
+__all__ = ["Nodes", "arm", "nodes"]
 
 _STORE = 80 << 20  # bytes of a node's object store, about the least that Ray takes
 
@@ -28,11 +33,12 @@ def _ports(*names: str) -> dict[str, int]:
 
 
 class Nodes:
-    """A cluster whose head has no room for workers; the others have `cpus` each."""
+    """A cluster whose head has no room for workers; the others have `cpus` each. `head`: more about the first."""
 
-    def __init__(self, count: int, cpus: int = 1) -> None:
+    def __init__(self, count: int, cpus: int = 1, **head: Any) -> None:
         self._cpus = cpus
-        self._cluster = Cluster(initialize_head=True, head_node_args=self._args(0, include_dashboard=False))
+        head = {"include_dashboard": False, **head}
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._args(0, **head))
         self._others = [self._start() for _ in range(count)]
 
     @property
@@ -60,13 +66,31 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def nodes(count: int, cpus: int = 1) -> Iterator[Nodes]:
-    """A cluster for the length of the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve beside anything else on the machine
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    found = Nodes(count, cpus)
+def nodes(count: int, failpoints: Path, **head: Any) -> Iterator[Nodes]:
+    """A cluster for the length of the block. Its workers look for failpoints in the file `failpoints`, see `arm`."""
+    arm(failpoints)
+    own = {
+        VARIABLE: str(failpoints),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else workers starve beside anything else on the machine
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)  # of the nodes, which their workers inherit
+    try:
+        found = Nodes(count, **head)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     try:
         yield found
     finally:
         found.close()
+
+
+def arm(failpoints: Path, *points: tuple[int, int, str]) -> None:
+    """From now on rank, step -> "stop" (at the start of that step) or "kill"; see `dtrain.core.failpoints`."""
+    for mark in failpoints.parent.glob(f"{failpoints.name}.fired.*"):
+        mark.unlink()
+    listed = [{"rank": rank, "step": step, "phase": "step", "do": do} for rank, step, do in points]
+    failpoints.write_text(json.dumps(listed), encoding="utf-8")
