@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from dtrain.core.storage import whole_file
 from dtrain.data.items import ItemTexts, item_ids
 from dtrain.data.pseudonym import UserKey
 from dtrain.data.spill import Spill, read_bucket
 
-__all__ = ["DAY_US", "Histories", "Scatter", "Tidied", "read_histories", "tidy_bucket"]
+__all__ = ["DAY_US", "Histories", "ItemCounts", "Scatter", "Tidied", "read_histories", "tidy_bucket"]
 
 DAY_US = 86_400_000_000
 
@@ -96,11 +97,30 @@ class Histories:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemCounts:
+    """How often each item was met, of those that were: never larger than the bucket, however large the catalogue."""
+
+    items: np.ndarray  # int64 rows of ItemTexts, ascending
+    counts: np.ndarray  # int64, above 0
+
+    @classmethod
+    def of(cls, items: np.ndarray) -> ItemCounts:
+        """Counts of the rows `items`, in any order."""
+        counts = np.bincount(items)
+        met = np.flatnonzero(counts)
+        return cls(met, counts[met])
+
+    def add_to(self, totals: np.ndarray) -> None:
+        """Add these to `totals` (int64 per row of ItemTexts)."""
+        totals[self.items] += self.counts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tidied:
     """What tidying one bucket found."""
 
-    users_per_item: np.ndarray  # int64 per row of ItemTexts
+    users_per_item: ItemCounts
     rows_per_day: dict[int, int]  # days since 1970 UTC
     repeats: int  # rows dropped because the user had met the item before
 
@@ -133,7 +153,7 @@ def tidy_bucket(path: Path, items_path: Path, *, timed: bool) -> Tidied:
     _write(_rows_path(path), rows.select(_ROWS.names))
     days, per_day = np.unique(time[order] // DAY_US, return_counts=True) if timed else (np.array([]), np.array([]))
     return Tidied(
-        users_per_item=np.bincount(item[order], minlength=len(items)),
+        users_per_item=ItemCounts.of(item[order]),
         rows_per_day=dict(zip(days.tolist(), per_day.tolist(), strict=True)),
         repeats=table.num_rows - len(order),
     )
@@ -172,5 +192,5 @@ def _rows_path(path: Path) -> Path:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    with open(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with whole_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)

@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class _Totals:
-    """The surveys of all buckets, added up as they come: arrays are int64 per item, so none is kept."""
+    """The surveys of all buckets, added up as they come. Arrays are int64 per item."""
 
     train: np.ndarray
     met: np.ndarray
@@ -67,9 +67,9 @@ class _Totals:
     samples: list[int] = field(default_factory=list)  # per bucket
 
     def add(self, survey: Survey, rejected: Counter[str]) -> None:
-        self.train += survey.train_counts
-        self.met += survey.met_counts
-        self.test += survey.test_counts
+        survey.train_counts.add_to(self.train)
+        survey.met_counts.add_to(self.met)
+        survey.test_counts.add_to(self.test)
         self.users += survey.users
         self.valid_rows += survey.valid_rows
         self.samples.append(survey.samples)
@@ -137,7 +137,7 @@ def _tidy(job: Job, work: Path, items: ItemTexts, buckets: list[Path], rejected:
     tidy = functools.partial(tidy_bucket, items_path=items.path, timed=bool(job.config.columns.time))
     tidied: Tidied
     for tidied in job.each("tidying", tidy, buckets):
-        users_per_item += tidied.users_per_item
+        tidied.users_per_item.add_to(users_per_item)
         days.update(tidied.rows_per_day)
         rejected["repeat"] += tidied.repeats
     np.save(work / "kept.npy", users_per_item >= job.config.min_users_per_item)

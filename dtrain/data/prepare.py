@@ -96,7 +96,7 @@ def prepare(config: PrepareConfig, *, progress: bool | None = None, run: RunMap 
                 built.append(name)
                 try:
                     folder = output.begin(name)
-                    ready = build_platform(job, folder)
+                    ready = build_platform(job, folder.absolute())  # a worker may have another working directory
                     output.finish(folder, ready)
                 except DataError as error:
                     raise type(error)(f"platform {name!r}: {error}") from error.__cause__
