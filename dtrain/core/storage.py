@@ -79,9 +79,9 @@ def checked_path(path: str) -> str:
 def whole_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` when it is whole, over any that is there; not yet durable.
 
-    Until then it lies in the folder `aside` (default: beside `path`; on the same file system) under a new name, so that
-    several processes may write `path` at once. On any error `path` is as it was and the unfinished file is gone; after a
-    kill it stays.
+    Until then it lies in the folder `aside` (default: beside `path`; on the same file system) under a new name, so
+    that several processes may write `path` at once. On any error `path` is as it was and the unfinished file is gone;
+    after a kill it stays.
     """
     temporary = (aside or path.parent) / temporary_name(path.name)
     try:
