@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_speed.py [--folder DIR] [--rows N] [--part synth|speed|report|large|all]
 
-Makes Polars' environment and the files where they are missing, measures in turn within each repeat, checks that all give
-the same samples, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer rows. `--part large` prepares
-`--rows` (default 100,000,000) with dtrain alone; `all` leaves it out.
+Makes Polars' environment and the files where they are missing, measures in turn within each repeat, checks that all
+give the same samples, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer rows. `--part large`
+prepares `--rows` (default 100,000,000) with dtrain alone; `all` leaves it out.
 """
 
 from __future__ import annotations

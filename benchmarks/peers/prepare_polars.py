@@ -3,9 +3,9 @@
     python prepare_polars.py CONFIG.json
 
 One JSON object on the last line of stdout: per platform its counts. Written as its users would: lazy scans, its
-expressions, one process, Polars' own threads. Python is called where Polars has no expression: for the keyed hash of each distinct
-user, and for the SHA-256 that orders rows of equal time (`"ties": "hash"`). With `"ties": "item"` equal times go by
-item id instead, as a script would that needn't give the same samples.
+expressions, one process, Polars' own threads. Python is called where Polars has no expression: for the keyed hash of
+each distinct user, and for the SHA-256 that orders rows of equal time (`"ties": "hash"`). With `"ties": "item"` equal
+times go by item id instead, as a script would that needn't give the same samples.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dtrain.core.storage import whole_file
 from dtrain.data.items import ItemTexts, item_ids
@@ -23,6 +24,7 @@ from dtrain.data.spill import Spill, read_bucket
 __all__ = ["DAY_US", "Histories", "ItemCounts", "Scatter", "Tidied", "read_histories", "tidy_bucket"]
 
 DAY_US = 86_400_000_000
+_ROWS_AT_ONCE = 1 << 17  # the more, the rarer is a user or an item looked up again
 
 _RAW = pa.schema(
     [
@@ -46,10 +48,23 @@ class Scatter:
         self._items, self._key = items, key
         self._spill = Spill(folder, "users", buckets, _RAW)
         self.paths = self._spill.paths
-        self.flush = self._spill.flush
+        self._waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
         """Take a table with CLEAN columns."""
+        self._waiting.append(table)
+        if sum(part.num_rows for part in self._waiting) >= _ROWS_AT_ONCE:
+            self._scatter()
+
+    def flush(self) -> None:
+        """Write out what is pending."""
+        self._scatter()
+        self._spill.flush()
+
+    def _scatter(self) -> None:
+        if not self._waiting:
+            return
+        table, self._waiting = pa.concat_tables(self._waiting), []
         item = self._items.rows(table["item"].combine_chunks())
         known = item >= 0
         if not known.all():
@@ -57,9 +72,11 @@ class Scatter:
             table, item = table.filter(pa.array(known)), item[known]
         users = table["user"].combine_chunks().dictionary_encode()
         digests = self._key.hash_ids(users.dictionary.to_pylist())
-        leading = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
+        joined = b"".join(digests)
+        leading = np.frombuffer(joined, ">u4")[::4].astype(np.uint64)
         bucket = ((leading * len(self.paths)) >> 32)[users.indices.to_numpy()]
-        columns = [pa.array(digests, pa.binary(16)).take(users.indices), table["user"], pa.array(item)]
+        hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, pa.py_buffer(joined)])
+        columns = [hashes.take(users.indices), table["user"], pa.array(item)]
         self._spill.add(pa.table([*columns, table["time"], table["event"], table["weight"]], schema=_RAW), bucket)
 
 
@@ -133,8 +150,7 @@ def tidy_bucket(path: Path, items_path: Path, *, timed: bool) -> Tidied:
     """
     table, items = read_bucket(path, _RAW), item_ids(items_path)
     encoded = table["hash"].combine_chunks().dictionary_encode()
-    digests = encoded.dictionary.to_pylist()
-    by_hash = np.array(sorted(range(len(digests)), key=digests.__getitem__), dtype=np.int64)
+    by_hash = _byte_order(encoded.dictionary)
     rank = np.empty_like(by_hash)
     rank[by_hash] = np.arange(len(by_hash))
     owner = rank[encoded.indices.to_numpy()]
@@ -164,11 +180,30 @@ def _break_ties(
 ) -> np.ndarray:
     same = (np.diff(owner[order]) == 0) & (np.diff(time[order]) == 0)
     tied = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])] if len(order) else order
-    texts = zip(users.take(pa.array(tied)).to_pylist(), items.take(pa.array(item[tied])).to_pylist(), strict=True)
-    digests = [hashlib.sha256(f"{user}\t{name}".encode()).digest() for user, name in texts]
+    lines = pc.binary_join_element_wise(users.take(pa.array(tied)), items.take(pa.array(item[tied])), "\t")
     place = np.zeros(len(owner), dtype=np.int64)
-    place[tied[sorted(range(len(digests)), key=digests.__getitem__)]] = np.arange(len(digests))
+    place[tied[_byte_order(_sha256(lines))]] = np.arange(len(tied))
     return order[np.lexsort((place[order], time[order], owner[order]))]
+
+
+def _sha256(texts: pa.Array) -> pa.Array:
+    """The SHA-256 of each text, as fixed-size binary."""
+    sha256 = hashlib.sha256
+    digests = b"".join([sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(texts), [None, pa.py_buffer(digests)])
+
+
+def _byte_order(values: pa.Array) -> np.ndarray:
+    """The positions of fixed-size binary values (8 bytes or more, all different) in order of their bytes."""
+    if not len(values):
+        return np.empty(0, dtype=np.int64)
+    width, end = values.type.byte_width // 8, values.offset + len(values)
+    words = np.frombuffer(values.buffers()[1], ">u8", end * width).reshape(-1, width)[values.offset :]
+    leading = words[:, 0].astype(np.uint64)
+    order = np.argsort(leading)
+    if (leading[order[1:]] == leading[order[:-1]]).any():  # as rare as digests of which 8 bytes are the same
+        order = np.lexsort(words.T[::-1])
+    return order
 
 
 def read_histories(path: Path) -> Histories:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from dtrain.data.shards import SHARD_SAMPLES
 from dtrain.data.sources import SourceFile
 from dtrain.data.spill import bucket_count
 from dtrain.data.splits import Cuts, find_cuts
+from dtrain.data.workers import RunMap
 
 __all__ = ["Job", "build_platform"]
 
@@ -49,7 +50,7 @@ class Job:
     window: int  # items
     overlap: int  # items
     progress: Progress
-    run: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # maps a function over buckets, in order
+    run: RunMap  # over buckets
 
     def each(self, what: str, function: Callable[[T], R], tasks: Sequence[T]) -> Iterable[R]:
         return self.progress.steps(f"{self.name}: {what}", self.run(function, tasks), len(tasks))

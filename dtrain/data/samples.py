@@ -158,7 +158,14 @@ def _seconds(micros: np.ndarray, timed: bool) -> pa.Array:
 
 
 def _hex(hashes: pa.Array) -> pa.Array:
-    return pa.array([digest.hex() for digest in hashes.to_pylist()], pa.string())
+    """Fixed-size binary as lower-case hex digits."""
+    width = hashes.type.byte_width
+    data = np.frombuffer(hashes.buffers()[1] or b"", np.uint8)[
+        hashes.offset * width : (hashes.offset + len(hashes)) * width
+    ]
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)[np.stack([data >> 4, data & 15], axis=-1)]
+    offsets = np.arange(0, 2 * data.size + 1, 2 * width, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(hashes), pa.py_buffer(offsets), pa.py_buffer(digits))
 
 
 def _samples(histories: Histories, items: np.ndarray, windows: Windows, part: slice, *, timed: bool) -> pa.Table:

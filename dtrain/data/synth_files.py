@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from dtrain.core.storage import whole_file, write_text
 from dtrain.data.platforms import CatalogConfig, ColumnsConfig, PlatformConfig, PrepareConfig, SourceConfig
 from dtrain.data.progress import Progress
 from dtrain.data.synth import CHUNK_ROWS, Chunk, SynthConfig, interactions, item_groups
+from dtrain.data.workers import Workers
 
 __all__ = ["SynthReport", "synthesise"]
 
@@ -31,8 +32,6 @@ _SYLLABLES = (
 _WORDS = pa.array([a + b + c for a in _SYLLABLES for b in _SYLLABLES[:16] for c in _SYLLABLES[16:]])
 _TITLE_WORDS = 4
 _BRANDS = 500
-
-RunMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +52,11 @@ class SynthReport:
         )
 
 
-def synthesise(config: SynthConfig, *, progress: bool | None = None, run: RunMap = map) -> SynthReport:
+def synthesise(config: SynthConfig, *, progress: bool | None = None) -> SynthReport:
     """Write catalogues and interaction files below `config.out`, and last its `prepare.yaml`.
 
-    Equal configs give equal bytes, however the files are mapped by `run`. Raises DataError when the folder isn't empty.
+    `progress`: bars on stderr (None: only on a terminal). Equal configs give equal bytes. Raises DataError when the
+    folder isn't empty.
     """
     started, out = time.monotonic(), Path(config.out).expanduser().absolute()
     if out.exists() and any(out.iterdir()):
@@ -67,7 +67,8 @@ def synthesise(config: SynthConfig, *, progress: bool | None = None, run: RunMap
         tasks.append((name, -1))
         tasks += [(name, number) for number in range(-(-config.rows_of(name) // config.file_rows))]
     write = functools.partial(_write_file, config, out)
-    size = sum(Progress(progress).steps("synth", run(write, tasks), len(tasks), unit="file"))
+    with Workers(config.workers) as workers:
+        size = sum(Progress(progress).steps("synth", workers(write, tasks), len(tasks), unit="file"))
     target = out / "prepare.yaml"
     write_text(target, dump_yaml(_prepare_config(config, out)))
     return SynthReport(config=target, rows=config.rows, bytes=size, seconds=time.monotonic() - started)
