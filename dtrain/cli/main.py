@@ -173,7 +173,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from dtrain.core.config import load_config
     from dtrain.data.platforms import PrepareConfig
     from dtrain.data.prepare import prepare
+    from dtrain.data.workers import give_memory_back
 
+    give_memory_back()
     report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=sys.stderr.isatty())
     print(report.table())
     print(report.summary())
@@ -184,7 +186,9 @@ def _synth(arguments: argparse.Namespace) -> int:
     from dtrain.core.config import load_config
     from dtrain.data.synth import SynthConfig
     from dtrain.data.synth_files import synthesise
+    from dtrain.data.workers import give_memory_back
 
+    give_memory_back()
     config, overrides = arguments.config, list(arguments.overrides)
     if config and "=" in config and not os.path.exists(config):
         config, overrides = None, [config, *overrides]

@@ -24,7 +24,7 @@ from dtrain.data.spill import Spill, read_bucket
 __all__ = ["DAY_US", "Histories", "ItemCounts", "Scatter", "Tidied", "read_histories", "tidy_bucket"]
 
 DAY_US = 86_400_000_000
-_ROWS_AT_ONCE = 1 << 17  # the more, the rarer is a user or an item looked up again
+_ROWS_AT_ONCE = 1 << 17  # the more, the rarer is a user or an item looked up again, and the more memory it takes
 
 _RAW = pa.schema(
     [
@@ -75,8 +75,7 @@ class Scatter:
         joined = b"".join(digests)
         leading = np.frombuffer(joined, ">u4")[::4].astype(np.uint64)
         bucket = ((leading * len(self.paths)) >> 32)[users.indices.to_numpy()]
-        hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, pa.py_buffer(joined)])
-        columns = [hashes.take(users.indices), table["user"], pa.array(item)]
+        columns = [_fixed(joined, 16).take(users.indices), table["user"], pa.array(item)]
         self._spill.add(pa.table([*columns, table["time"], table["event"], table["weight"]], schema=_RAW), bucket)
 
 
@@ -161,12 +160,11 @@ def tidy_bucket(path: Path, items_path: Path, *, timed: bool) -> Tidied:
     if timed:
         order = _break_ties(order, owner, time, item, table["user"].combine_chunks(), items)
     counts = np.bincount(owner[order], minlength=len(by_hash))
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    rows = table.take(pa.array(order))
-    names = rows["user"].combine_chunks().take(pa.array(offsets[:-1]))
+    firsts = order[np.cumsum(counts) - counts]
+    names = table["user"].take(pa.array(firsts))
     users = pa.table([encoded.dictionary.take(pa.array(by_hash)), names, pa.array(counts)], schema=_USERS)
     _write(_users_path(path), users)
-    _write(_rows_path(path), rows.select(_ROWS.names))
+    _write(_rows_path(path), table.select(_ROWS.names).take(pa.array(order)).combine_chunks())
     days, per_day = np.unique(time[order] // DAY_US, return_counts=True) if timed else (np.array([]), np.array([]))
     return Tidied(
         users_per_item=ItemCounts.of(item[order]),
@@ -180,17 +178,25 @@ def _break_ties(
 ) -> np.ndarray:
     same = (np.diff(owner[order]) == 0) & (np.diff(time[order]) == 0)
     tied = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])] if len(order) else order
-    lines = pc.binary_join_element_wise(users.take(pa.array(tied)), items.take(pa.array(item[tied])), "\t")
+    digests = [
+        _sha256(users.take(pa.array(part)), items.take(pa.array(item[part])))
+        for part in np.split(tied, range(_ROWS_AT_ONCE, len(tied), _ROWS_AT_ONCE))
+    ]
     place = np.zeros(len(owner), dtype=np.int64)
-    place[tied[_byte_order(_sha256(lines))]] = np.arange(len(tied))
+    place[tied[_byte_order(_fixed(b"".join(digests), 32))]] = np.arange(len(tied))
     return order[np.lexsort((place[order], time[order], owner[order]))]
 
 
-def _sha256(texts: pa.Array) -> pa.Array:
-    """The SHA-256 of each text, as fixed-size binary."""
+def _sha256(users: pa.Array, items: pa.Array) -> bytes:
+    """The SHA-256 of each `user TAB item`, end to end."""
     sha256 = hashlib.sha256
-    digests = b"".join([sha256(text).digest() for text in texts.cast(pa.binary()).to_pylist()])
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(texts), [None, pa.py_buffer(digests)])
+    lines = pc.binary_join_element_wise(users, items, "\t").cast(pa.binary())
+    return b"".join([sha256(line).digest() for line in lines.to_pylist()])
+
+
+def _fixed(joined: bytes, width: int) -> pa.Array:
+    """Binary values of `width` bytes that lie end to end."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(joined) // width, [None, pa.py_buffer(joined)])
 
 
 def _byte_order(values: pa.Array) -> np.ndarray:
