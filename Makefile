@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-stream demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint bench-prepare bench-stream demo test test-gpu lint inputs soak clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -29,6 +29,10 @@ soak: $(STAMP)
 
 bench-checkpoint: $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint --work runs/bench
+
+# Needs about 3 GB below runs/bench/prepare, 8 GiB of memory for Polars, and PyPI once. QUICK=1: minutes.
+bench-prepare: $(STAMP)
+	$(BIN)/python benchmarks/prepare_speed.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from environments import python_with
+
 HERE = Path(__file__).parent
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
 BATCHES = (256, 4096)
@@ -85,17 +87,7 @@ class Bench:
     def python(self, library: Library) -> str:
         if library.package is None:
             return sys.executable
-        environment = self.environments / library.package
-        stamp = environment / "installed"
-        constraints = HERE / "peers" / "constraints.txt"
-        if not stamp.is_file() or stamp.read_text() != constraints.read_text():
-            print(f"installing {library.package} ...", flush=True)
-            subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-            pip = [environment / "bin/python", "-m", "pip", "install", "-q", "-c", constraints]
-            subprocess.run([*pip, "torch"], check=True)  # first and pinned: a small CPU build
-            subprocess.run([*pip, library.package, "numpy"], check=True)
-            stamp.write_text(constraints.read_text())
-        return str(environment / "bin/python")
+        return python_with(self.environments, library.package, ["numpy"], first=["torch"])
 
     def call(self, library: Library, command: str, *numbers: float) -> dict[str, Any]:
         """Run one command of a peer in a process of its own; what it found."""

@@ -85,6 +85,13 @@ def _dispatch(argv: list[str]) -> int:
     prepare.add_argument("overrides", nargs="*", default=[])
     prepare.set_defaults(function=_prepare)
 
+    synth = commands.add_parser("synth", help="write synthetic interactions, skewed like real ones, as raw exports")
+    synth.add_argument("config", nargs="?", help=f"YAML file (default: three made-up platforms), {overridable}")
+    synth.add_argument("overrides", nargs="*", default=[])
+    synth.add_argument("--rows", type=int, help="interactions of all platforms; the same as rows=N")
+    synth.add_argument("--out", help="folder to write, empty or new; the same as out=DIR")
+    synth.set_defaults(function=_synth)
+
     train = commands.add_parser("train", help="fine-tune one encoder on all platforms")
     train.add_argument("config", help=f"YAML file, {overridable}")
     train.add_argument("overrides", nargs="*", default=[])
@@ -177,9 +184,28 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from dtrain.core.config import load_config
     from dtrain.data.platforms import PrepareConfig
     from dtrain.data.prepare import prepare
+    from dtrain.data.workers import give_memory_back
 
+    give_memory_back()
     report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=sys.stderr.isatty())
     print(report.table())
+    print(report.summary())
+    return 0
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from dtrain.core.config import load_config
+    from dtrain.data.synth import SynthConfig
+    from dtrain.data.synth_files import synthesise
+    from dtrain.data.workers import give_memory_back
+
+    give_memory_back()
+    config, overrides = arguments.config, list(arguments.overrides)
+    if config and "=" in config and not os.path.exists(config):
+        config, overrides = None, [config, *overrides]
+    given = {"rows": arguments.rows, "out": arguments.out}
+    overrides += [f"{name}={value}" for name, value in given.items() if value is not None]
+    report = synthesise(load_config(SynthConfig, config, overrides), progress=sys.stderr.isatty())
     print(report.summary())
     return 0
 

@@ -23,6 +23,7 @@ __all__ = [
     "read_jsonl",
     "sha256_file",
     "temporary_name",
+    "whole_file",
     "write_json",
     "write_text",
 ]
@@ -76,6 +77,24 @@ def checked_path(path: str) -> str:
 
 
 @contextlib.contextmanager
+def whole_file(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at `path` when it is whole, over any that is there; not yet durable.
+
+    Until then it lies in the folder `aside` (default: beside `path`; on the same file system) under a new name, so
+    that several processes may write `path` at once. On any error `path` is as it was and the unfinished file is gone;
+    after a kill it stays.
+    """
+    temporary = (aside or path.parent) / temporary_name(path.name)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of `path` for writing; on success fsync and rename it over `path`.
 
@@ -83,16 +102,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     make_folders(path.parent)
-    temporary = path.with_name(temporary_name(path.name))
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     fsync_dir(path.parent)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from dtrain.data.shards import SHARD_SAMPLES
 from dtrain.data.sources import SourceFile
 from dtrain.data.spill import bucket_count
 from dtrain.data.splits import Cuts, find_cuts
+from dtrain.data.workers import RunMap
 
 __all__ = ["Job", "build_platform"]
 
@@ -49,7 +50,7 @@ class Job:
     window: int  # items
     overlap: int  # items
     progress: Progress
-    run: Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]  # maps a function over buckets, in order
+    run: RunMap  # over buckets
 
     def each(self, what: str, function: Callable[[T], R], tasks: Sequence[T]) -> Iterable[R]:
         return self.progress.steps(f"{self.name}: {what}", self.run(function, tasks), len(tasks))
@@ -57,7 +58,7 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class _Totals:
-    """The surveys of all buckets, added up as they come: arrays are int64 per item, so none is kept."""
+    """The surveys of all buckets, added up as they come. Arrays are int64 per item."""
 
     train: np.ndarray
     met: np.ndarray
@@ -67,9 +68,9 @@ class _Totals:
     samples: list[int] = field(default_factory=list)  # per bucket
 
     def add(self, survey: Survey, rejected: Counter[str]) -> None:
-        self.train += survey.train_counts
-        self.met += survey.met_counts
-        self.test += survey.test_counts
+        survey.train_counts.add_to(self.train)
+        survey.met_counts.add_to(self.met)
+        survey.test_counts.add_to(self.test)
         self.users += survey.users
         self.valid_rows += survey.valid_rows
         self.samples.append(survey.samples)
@@ -137,7 +138,7 @@ def _tidy(job: Job, work: Path, items: ItemTexts, buckets: list[Path], rejected:
     tidy = functools.partial(tidy_bucket, items_path=items.path, timed=bool(job.config.columns.time))
     tidied: Tidied
     for tidied in job.each("tidying", tidy, buckets):
-        users_per_item += tidied.users_per_item
+        tidied.users_per_item.add_to(users_per_item)
         days.update(tidied.rows_per_day)
         rejected["repeat"] += tidied.repeats
     np.save(work / "kept.npy", users_per_item >= job.config.min_users_per_item)

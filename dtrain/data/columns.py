@@ -101,8 +101,17 @@ def as_id(column: pa.ChunkedArray | pa.Array, kind: str) -> tuple[pa.Array, list
         number, more = _convert(text, lambda a: a.cast(pa.float64()).cast(pa.int64()), pa.int64())
         return number.cast(pa.string()), sorted({*bad, *more})
     # TAB and newline separate ids in the split fingerprint
-    odd = pc.fill_null(pc.match_substring_regex(text, r"[\x00-\x1f\x7f]"), False)
-    return text, sorted({*bad, *np.flatnonzero(odd.to_numpy(zero_copy_only=False)).tolist()})
+    if _may_hold_control(text):
+        odd = pc.fill_null(pc.match_substring_regex(text, r"[\x00-\x1f\x7f]"), False)
+        bad = sorted({*bad, *np.flatnonzero(odd.to_numpy(zero_copy_only=False)).tolist()})
+    return text, bad
+
+
+def _may_hold_control(text: pa.Array) -> bool:
+    """Whether a control character is among the letters of these texts, or of others that share their buffer."""
+    letters = text.buffers()[2]
+    codes = np.frombuffer(letters or b"", np.uint8)
+    return bool(codes.size and ((codes < 0x20) | (codes == 0x7F)).any())
 
 
 def as_number(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, list[int]]:

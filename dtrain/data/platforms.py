@@ -233,6 +233,7 @@ class PrepareConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     window: int = 50  # items of a training sample at most
     overlap: int = 10  # leading items that a later window repeats as context from the one before
+    workers: int = 0  # processes; 0: one a core
 
     def __post_init__(self) -> None:
         if not self.platforms:
@@ -242,5 +243,7 @@ class PrepareConfig:
                 raise ConfigError(f"platforms.{name}: a name is made of letters, digits, _ and -; rename the platform")
             platform.check(f"platforms.{name}")
         self.privacy.check("privacy")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers}: must be 0 (one process a core) or more")
         if not 1 <= self.overlap < self.window <= 4096:
             raise ConfigError(f"window={self.window}, overlap={self.overlap}: need 1 <= overlap < window <= 4096")

@@ -7,10 +7,9 @@ catalogue in memory beside it. The bucket functions are pure, so `run` may be an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 from dtrain.core.config import to_dict
 from dtrain.core.errors import DataError
@@ -22,13 +21,12 @@ from dtrain.data.platforms import PlatformConfig, PrepareConfig, SourceConfig
 from dtrain.data.progress import Progress
 from dtrain.data.pseudonym import UserKey
 from dtrain.data.sources import SourceFile, find_files
+from dtrain.data.workers import RunMap, Workers
 
 __all__ = ["PrepareReport", "prepare"]
 
 #: Counts up whenever the same inputs would give other bytes than before.
 _CODE_VERSION = 1
-
-RunMap = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +64,17 @@ class PrepareReport:
         return f"{where}: prepared {', '.join(self.built) or 'nothing new'} in {self.seconds:.1f} s"
 
 
-def prepare(config: PrepareConfig, *, progress: bool | None = None, run: RunMap = map) -> PrepareReport:
+def prepare(config: PrepareConfig, *, progress: bool | None = None, run: RunMap | None = None) -> PrepareReport:
     """Prepare every platform of `config` into `config.out`, whose previous content stands until all are whole.
 
-    `progress`: bars on stderr (None: only on a terminal). `run(function, tasks)` maps the per-bucket work.
+    `progress`: bars on stderr (None: only on a terminal). `run(function, tasks)` maps the per-bucket work; by default
+    `config.workers` processes do, and a script that calls this needs its `if __name__ == "__main__"`.
     Raises ConfigError and DataError; whatever ends it, the folder is as before or as asked for, never between.
     """
     started = time.monotonic()
     key, bars = UserKey.load(config.privacy), Progress(progress)
     found = {name: _find(platform) for name, platform in config.platforms.items()}
-    with open_output(config.out) as output:
+    with open_output(config.out) as output, Workers(config.workers) as workers:
         done, built = {}, []
         for name, platform in config.platforms.items():
             catalog, interactions = found[name]
@@ -89,14 +88,14 @@ def prepare(config: PrepareConfig, *, progress: bool | None = None, run: RunMap 
                 window=config.window,
                 overlap=config.overlap,
                 progress=bars,
-                run=run,
+                run=run or workers,
             )
             ready = output.reusable(name, job.build)
             if ready is None:
                 built.append(name)
                 try:
                     folder = output.begin(name)
-                    ready = build_platform(job, folder)
+                    ready = build_platform(job, folder.absolute())  # a worker may have another working directory
                     output.finish(folder, ready)
                 except DataError as error:
                     raise type(error)(f"platform {name!r}: {error}") from error.__cause__

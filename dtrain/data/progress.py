@@ -29,9 +29,9 @@ class Progress:
         with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=self._disable) as bar:
             yield bar.update
 
-    def steps(self, what: str, parts: Iterable[T], total: int) -> Iterator[T]:
+    def steps(self, what: str, parts: Iterable[T], total: int, unit: str = "bucket") -> Iterator[T]:
         """`parts` as they come, with a bar over `total` of them."""
-        return iter(tqdm(parts, desc=what, total=total, unit="bucket", leave=False, disable=self._disable))
+        return iter(tqdm(parts, desc=what, total=total, unit=unit, leave=False, disable=self._disable))
 
     @property
     def _disable(self) -> bool | None:

@@ -1,6 +1,8 @@
 """From one bucket's histories to what leaves preparation: training shards, valid and test rows, counts.
 
-Both functions here are pure in their arguments (plain paths and numbers) and picklable, so a cluster can run them.
+Like `tidy_bucket`, both functions here take and give little (paths, numbers, counts) and are pure: whatever an earlier
+run left behind, whole, torn or being written by a node that was cut off, a run ends with the same files. So a cluster
+may run them again wherever and as often as it likes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dtrain.data.buckets import Histories, read_histories
+from dtrain.core.storage import whole_file
+from dtrain.data.buckets import Histories, ItemCounts, read_histories
 from dtrain.data.items import item_ids
 from dtrain.data.manifest import ShardEntry
 from dtrain.data.schema import EVAL, SAMPLE
@@ -53,13 +56,13 @@ class BucketTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Survey:
-    """Counts of one bucket. Arrays are int64 per item."""
+    """Counts of one bucket."""
 
     users: int
     samples: int
-    train_counts: np.ndarray
-    met_counts: np.ndarray  # rows of kept users
-    test_counts: np.ndarray
+    train_counts: ItemCounts
+    met_counts: ItemCounts  # rows of kept users
+    test_counts: ItemCounts
     valid_rows: int
     rare_rows: int  # dropped: the item was met by too few users
     short_rows: int  # dropped: the user has too few items
@@ -94,21 +97,21 @@ def _windows(histories: Histories, split: Split, task: BucketTask) -> Windows:
 def survey_bucket(task: BucketTask) -> Survey:
     """Count the bucket's split, and write its sorted test lines, `user TAB item` in raw ids, beside it."""
     histories, kept, split, kept_items = _prepared(task)
-    size = len(kept_items)
     position = np.arange(len(kept.items)) - np.repeat(kept.offsets[:-1], np.diff(kept.offsets))
     trains = position < split.train_rows[kept.owner]
     test = _target_rows(kept, split.test_at)
     names = item_ids(task.items).take(pa.array(kept.items[test]))
     users = kept.users.filter(pa.array(split.test_at >= 0))
     lines = sorted(f"{u}\t{i}".encode() for u, i in zip(users.to_pylist(), names.to_pylist(), strict=True))
-    task.test_lines.write_bytes(b"".join(line + b"\n" for line in lines))
+    with whole_file(task.test_lines) as file:
+        file.write(b"".join(line + b"\n" for line in lines))
     frequent = int(np.count_nonzero(kept_items[histories.items]))
     return Survey(
         users=len(kept.users),
         samples=len(_windows(kept, split, task).user),
-        train_counts=np.bincount(kept.items[trains], minlength=size),
-        met_counts=np.bincount(kept.items, minlength=size),
-        test_counts=np.bincount(kept.items[test], minlength=size),
+        train_counts=ItemCounts.of(kept.items[trains]),
+        met_counts=ItemCounts.of(kept.items),
+        test_counts=ItemCounts.of(kept.items[test]),
         valid_rows=int(np.count_nonzero(split.valid_at >= 0)),
         rare_rows=len(histories.items) - frequent,
         short_rows=frequent - len(kept.items),
@@ -130,9 +133,12 @@ def write_bucket(
     for number, start in enumerate(range(0, len(windows.user), SHARD_SAMPLES), start=first_shard):
         name = f"train-{number:05d}.tar"
         table = _samples(kept, final, windows, slice(start, start + SHARD_SAMPLES), timed=task.timed)
-        shards.append(write_shard(folder / name, number, table, relative=f"{relative}/{name}"))
+        # not beside it: that folder becomes the build, where nothing unfinished may stay
+        shards.append(
+            write_shard(folder / name, number, table, relative=f"{relative}/{name}", aside=task.bucket.parent)
+        )
     for path, at in ((task.valid_rows, split.valid_at), (task.test_rows, split.test_at)):
-        with open(path, "wb") as file, pa.ipc.new_file(file, EVAL) as writer:
+        with whole_file(path) as file, pa.ipc.new_file(file, EVAL) as writer:
             writer.write_table(_targets(kept, final, at, timed=task.timed))
     return tuple(shards)
 
@@ -152,7 +158,14 @@ def _seconds(micros: np.ndarray, timed: bool) -> pa.Array:
 
 
 def _hex(hashes: pa.Array) -> pa.Array:
-    return pa.array([digest.hex() for digest in hashes.to_pylist()], pa.string())
+    """Fixed-size binary as lower-case hex digits."""
+    width = hashes.type.byte_width
+    data = np.frombuffer(hashes.buffers()[1] or b"", np.uint8)[
+        hashes.offset * width : (hashes.offset + len(hashes)) * width
+    ]
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)[np.stack([data >> 4, data & 15], axis=-1)]
+    offsets = np.arange(0, 2 * data.size + 1, 2 * width, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(hashes), pa.py_buffer(offsets), pa.py_buffer(digits))
 
 
 def _samples(histories: Histories, items: np.ndarray, windows: Windows, part: slice, *, timed: bool) -> pa.Table:

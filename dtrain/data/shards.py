@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.errors import CorruptFile, DataError
-from dtrain.core.storage import sha256_file
+from dtrain.core.storage import sha256_file, whole_file
 from dtrain.data.gather import Gathered, RaggedPool, Slots, interleaved
 from dtrain.data.manifest import BlockEntry, BlockTable, Manifest, ShardEntry
 from dtrain.data.schema import SAMPLE
@@ -34,10 +34,14 @@ SHARD_SAMPLES = 4096
 _POSITION: tuple[type[np.generic], ...] = (np.int32, np.int8, np.float32)  # item, event and weight
 
 
-def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str) -> ShardEntry:
-    """Write `samples` (SAMPLE schema) as tar shard `number` at `path`; `relative` is its path in the manifest."""
+def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str, aside: Path | None = None) -> ShardEntry:
+    """Write `samples` (SAMPLE schema) as tar shard `number` at `path`; `relative` is its path in the manifest.
+
+    The shard appears when it is whole, over any that is there; until then it lies in the folder `aside` (default:
+    beside `path`).
+    """
     blocks = []
-    with open(path, "xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with whole_file(path, aside) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index, start in enumerate(range(0, samples.num_rows, BLOCK_SAMPLES)):
             block = samples.slice(start, BLOCK_SAMPLES).combine_chunks()
             payload = _ipc_bytes(block)
