@@ -87,7 +87,9 @@ RULES = (
         "the same function computed otherwise",
     ),
     Rule(
-        ("run", "data.path", "model.encoder.name"), "free", "where things are; what is there is held to its fingerprint"
+        ("run", "data.cache", "data.path", "model.encoder.name"),
+        "free",
+        "where things are; what is there is held to its fingerprint",
     ),
     Rule(("checkpoint", "evaluate", "stream", "train"), "free", "when to log, validate, save and end"),
 )
