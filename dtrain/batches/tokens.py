@@ -56,7 +56,7 @@ class TokenCache:
     def open(
         cls, manifest: Manifest, platform: str, tokenizer: Any, max_tokens: int, catalog: Catalog | None = None
     ) -> TokenCache:
-        """Map `tokens-FINGERPRINT`, which lies beside the platform's catalogue or in the node's cache; make it if missing.
+        """Map `tokens-FINGERPRINT`, beside the platform's catalogue or in the node's cache; made where it is missing.
 
         The fingerprint is of tokenizer, `max_tokens` and catalogue, so a file under this name is the right one; it is
         renamed into place whole, so ranks that open it at the same time don't disturb each other. `catalog` is the

@@ -182,7 +182,7 @@ class CachedFiles:
         )
 
     def _read(self, entry: Entry, take: Callable[[memoryview], object]) -> None:
-        """Give a file's content to `take`, piece by piece. Raises CorruptFile at its end if it was not the right one."""
+        """Give a file's content to `take` in pieces. Raises CorruptFile at its end if it was not the right one."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, entry.bytes)))
         for start in range(0, entry.bytes, CHUNK):
             piece = buffer[: entry.bytes - start]
