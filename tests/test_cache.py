@@ -131,11 +131,12 @@ def test_a_killed_makers_file_is_made_by_who_waits_for_it(tmp_path: Path) -> Non
     begun, waiting = CONTEXT.Event(), CONTEXT.Event()
     maker = CONTEXT.Process(target=_make_half, args=(tmp_path, begun), daemon=True)
     waiter = CONTEXT.Process(target=_read_one, args=(tmp_path, waiting), daemon=True)
-    with running(maker, waiter):
+    with running(maker):
         assert begun.wait(WAIT_S)
-        assert waiting.wait(WAIT_S)
-        assert there(tmp_path) == set()
-        maker.kill()
+        with running(waiter):
+            assert waiting.wait(WAIT_S)
+            assert there(tmp_path) == set()
+            maker.kill()
     assert waiter.exitcode == 0
     assert read(cache(tmp_path), 1, refused) == content(1)
     assert parts(tmp_path) == []
