@@ -44,11 +44,11 @@ class Items:
         empty = empty_text(tokenizer)
         if empty.size < 1 or tokenizer.pad_token_id is None:
             raise ConfigError(f"tokenizer {tokenizer.name_or_path}: has no special tokens or no padding; take a BERT's")
-        caches = tuple(TokenCache.open(manifest, name, tokenizer, text_tokens) for name in manifest.platforms)
+        catalogs = [Catalog.open(manifest, name) for name in manifest.platforms]
+        caches = tuple(TokenCache.open(manifest, c.platform, tokenizer, text_tokens, c) for c in catalogs)
         offset_P = offsets_of(np.array([len(cache) for cache in caches]))
         popularity, groups = [], []
-        for name, offset in zip(manifest.platforms, offset_P):
-            catalog = Catalog.open(manifest, name)
+        for catalog, offset in zip(catalogs, offset_P):
             smoothed = np.asarray(catalog.counts, np.float64) + 1.0  # add-one: a cold item is never impossible
             popularity.append(smoothed / smoothed.sum())
             groups.append(pa.array(catalog.texts).dictionary_encode().indices.to_numpy().astype(np.int64) + offset)

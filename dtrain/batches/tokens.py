@@ -6,9 +6,10 @@ Legend of shape suffixes: N items, T tokens.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,13 @@ import pyarrow as pa
 from dtrain.batches.ragged import cells, offsets_of
 from dtrain.core.errors import ConfigError, DataError
 from dtrain.core.fingerprint import fingerprint
-from dtrain.core.storage import atomic_file
-from dtrain.data.catalog import Catalog
+from dtrain.data.catalog import Catalog, map_arrow
 from dtrain.data.manifest import Manifest
 
 __all__ = ["TokenCache", "empty_text", "tokenizer_fingerprint"]
 
 _TEXTS = 4096  # texts that are tokenised at once
+_OVERHEAD = 8192  # bytes of an Arrow file beside its columns, at most
 _SCHEMA = pa.schema([("ids", pa.large_list(pa.field("item", pa.int32(), nullable=False)))])
 
 
@@ -52,23 +53,37 @@ class TokenCache:
     offset_N: np.ndarray  # int64 [N + 1]
 
     @classmethod
-    def open(cls, manifest: Manifest, platform: str, tokenizer: Any, max_tokens: int) -> TokenCache:
-        """Map `tokens-FINGERPRINT.arrow` beside the platform's catalogue, making it when it isn't there.
+    def open(
+        cls, manifest: Manifest, platform: str, tokenizer: Any, max_tokens: int, catalog: Catalog | None = None
+    ) -> TokenCache:
+        """Map `tokens-FINGERPRINT`, beside the platform's catalogue or in the node's cache; made where it is missing.
 
         The fingerprint is of tokenizer, `max_tokens` and catalogue, so a file under this name is the right one; it is
-        renamed into place whole, so ranks that open it at the same time don't disturb each other. Raises ConfigError
-        when `max_tokens` leaves no room for text, DataError when the file can't be written.
+        renamed into place whole, so ranks that open it at the same time don't disturb each other. `catalog` is the
+        platform's, where it is open already. Raises ConfigError when `max_tokens` leaves no room for text, DataError
+        when the file can't be written.
         """
         special = empty_text(tokenizer).size
         if max_tokens <= special:
             raise ConfigError(f"text_tokens={max_tokens}: the tokenizer adds {special} of its own; allow more")
         items, entry = manifest.platform(platform).items, manifest.platform(platform).catalog
         name = fingerprint([tokenizer_fingerprint(tokenizer), max_tokens, entry.sha256])
-        path = (manifest.root / entry.path).with_name(f"tokens-{name}.arrow")
-        if not path.is_file():
-            _write(path, Catalog.open(manifest, platform).texts, tokenizer, max_tokens)
-        with pa.memory_map(str(path)) as source:
-            ids = pa.ipc.open_file(source).read_all().column("ids").combine_chunks()
+        path = manifest.files.derived(entry, f"tokens-{name}")
+        texts = (catalog or Catalog.open(manifest, platform)).texts
+
+        def write(file: BinaryIO) -> None:
+            _write(file, texts, tokenizer, max_tokens)
+
+        try:
+            descriptor = manifest.files.make(path, 4 * max_tokens * items + 8 * (items + 1) + _OVERHEAD, write)
+        except OSError as error:
+            raise DataError(
+                f"{path}: can't write the token ids ({error}); the prepared folder must be writable"
+            ) from error
+        try:
+            ids = map_arrow(descriptor).column("ids").combine_chunks()
+        finally:
+            os.close(descriptor)
         if len(ids) != items:
             raise DataError(f"{path}: {len(ids)} texts, {items} in the catalogue; delete the file")
         return cls(path, ids.values.to_numpy(), ids.offsets.to_numpy())
@@ -87,7 +102,7 @@ class TokenCache:
         return self.values_T[cells(start, length)], offsets_of(length)
 
 
-def _write(path: Path, texts: Any, tokenizer: Any, max_tokens: int) -> None:
+def _write(file: BinaryIO, texts: Any, tokenizer: Any, max_tokens: int) -> None:
     values: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     for start in range(0, len(texts), _TEXTS):
@@ -97,8 +112,5 @@ def _write(path: Path, texts: Any, tokenizer: Any, max_tokens: int) -> None:
         values.append(np.concatenate([np.asarray(text, np.int32) for text in ids]))
     offset = offsets_of(np.concatenate(lengths))
     column = pa.LargeListArray.from_arrays(pa.array(offset), pa.array(np.concatenate(values)), type=_SCHEMA.types[0])
-    try:
-        with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-            writer.write_batch(pa.record_batch([column], schema=_SCHEMA))
-    except OSError as error:
-        raise DataError(f"{path}: can't write the token ids ({error}); the prepared folder must be writable") from error
+    with pa.ipc.new_file(file, _SCHEMA) as writer:
+        writer.write_batch(pa.record_batch([column], schema=_SCHEMA))

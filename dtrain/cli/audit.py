@@ -10,6 +10,7 @@ from dtrain.data.eras import Era, Eras
 from dtrain.data.ledger import audit, read_ledger
 from dtrain.data.manifest import Manifest
 from dtrain.data.plan import Plan
+from dtrain.train.config import DataConfig
 from dtrain.train.open import open_store, read_run_config
 
 __all__ = ["audit_run"]
@@ -38,7 +39,7 @@ def audit_run(run: str) -> int:
             print(
                 f"era of steps {era.from_step} to {end}, data {era.manifest} (steps count from 0, the last excluded):"
             )
-        plan, why = _plan(era, config.data.path)
+        plan, why = _plan(era, config.data)
         if plan is None:
             print(f"NOT CHECKED: {why}")
         else:
@@ -50,12 +51,12 @@ def audit_run(run: str) -> int:
     return 0 if worst == "as planned" else CheckpointError.exit_code
 
 
-def _plan(era: Era, path: str) -> tuple[Plan | None, str]:
-    """The era's plan over the prepared folder it was trained on, or over `path`, where its data may be now."""
+def _plan(era: Era, data: DataConfig) -> tuple[Plan | None, str]:
+    """The era's plan over the prepared data it was trained on, or over `data.path`, where that may be now."""
     why = ""
-    for place in dict.fromkeys((path, era.path)):
+    for place in dict.fromkeys((data.path, era.path)):
         try:
-            return era.make_plan(Manifest.load(place).select(era.mixture.platforms)), ""
+            return era.make_plan(Manifest.load(place, data.cache).select(era.mixture.platforms)), ""
         except (ConfigError, DataError) as error:
             why = str(error)
     return None, why

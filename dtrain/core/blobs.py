@@ -1,4 +1,4 @@
-"""Files below one root, wherever that is: the storage that checkpoints are written through.
+"""Files below one root, wherever that is: what checkpoints are written through, and prepared data may be read through.
 
 Two backends do the same: `dtrain.core.local_blobs` for folders, local or shared, and `dtrain.core.object_blobs` for
 object storage that speaks S3. Neither needs renames or locks: `create` of a path that may exist once is what two
@@ -116,6 +116,6 @@ def open_blobs(url: str | Path) -> Blobs:
             ) from error
         return ObjectBlobs(text)
     raise ConfigError(
-        f"{scheme[1]}:// is no storage that checkpoints can be written to; give a folder, file:///folder or "
+        f"{scheme[1]}:// is no storage that dtrain works with; give a folder, file:///folder or "
         "s3://bucket/prefix (other schemes lack a tested conditional creation)"
     )

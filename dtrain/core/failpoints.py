@@ -27,7 +27,7 @@ def reach(phase: str, step: int | None = None) -> None:
 
     Phases of a save, in order: claim, write, writing (after the first tensor), vote, record and recorded (rank 0:
     before and after it is written), prune (rank 0: records are gone, files are not), committed. `step` is the start of
-    a training step, numbered from 1.
+    a training step, numbered from 1. fetching: a piece of a file is on its way into the node's cache.
     """
     file = os.environ.get(VARIABLE)
     if not file:

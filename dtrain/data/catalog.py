@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,34 +17,41 @@ from dtrain.core.errors import CorruptFile, DataError
 from dtrain.data.manifest import FileEntry, Manifest
 from dtrain.data.schema import CATALOG
 
-__all__ = ["Catalog", "open_arrow"]
+__all__ = ["Catalog", "map_arrow", "open_arrow"]
 
 _IDS = 1 << 16  # item ids that are hashed at once
 
 
 def open_arrow(manifest: Manifest, entry: FileEntry, schema: pa.Schema, rows: int) -> pa.Table:
     """Memory-map an Arrow file of a prepared folder. Raises CorruptFile when it is not what the manifest says."""
-    path = manifest.root / entry.path
+    path = f"{manifest.root}/{entry.path}"
     fix = "prepare again or restore the file"
-    if not path.is_file():
-        raise CorruptFile(f"{path}: in the manifest, not on disk; {fix}")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; {fix}")
-    table = _map(path, fix)
-    if not table.schema.equals(schema) or table.num_rows != rows:
-        raise CorruptFile(f"{path}: {table.num_rows} rows of {table.schema.names}, not {rows} of {schema.names}; {fix}")
-    return table
+
+    def read(descriptor: int) -> pa.Table:
+        size = os.fstat(descriptor).st_size
+        if size != entry.bytes:
+            raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; {fix}")
+        try:
+            table = map_arrow(descriptor)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptFile(f"{path}: not readable as an Arrow file ({type(error).__name__}); {fix}") from error
+        if not table.schema.equals(schema) or table.num_rows != rows:
+            raise CorruptFile(
+                f"{path}: {table.num_rows} rows of {table.schema.names}, not {rows} of {schema.names}; {fix}"
+            )
+        return table
+
+    return manifest.files.use(entry, read)
 
 
-def _map(path: Path, fix: str) -> pa.Table:
-    try:
-        with pa.memory_map(str(path)) as mapped:
-            table = pa.ipc.open_file(mapped.read_buffer()).read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptFile(f"{path}: not readable as an Arrow file ({type(error).__name__}); {fix}") from error
-    return table
+def map_arrow(descriptor: int) -> pa.Table:
+    """The table in an open Arrow file, memory-mapped; the mapping outlives descriptor and file name.
+
+    Raises ValueError for an empty file, OSError or pa.ArrowException for one that is no Arrow file.
+    """
+    mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,7 +29,7 @@ class Era:
 
     from_step: int
     manifest: str  # fingerprint of the prepared data, of the run's platforms alone
-    path: str  # of the prepared folder at the time, for the audit
+    path: str  # or URL of the prepared data at the time, for the audit
     plan: PlanConfig
     mixture: Mixture  # its segments count from `from_step`
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from dtrain.core.blobs import open_blobs
 from dtrain.core.config import nearest
-from dtrain.core.errors import CorruptFile, DataError
+from dtrain.core.errors import CheckpointError, DataError
 from dtrain.core.fingerprint import fingerprint
-from dtrain.core.storage import read_json, sha256_file, write_json
+from dtrain.core.local_blobs import LocalBlobs
+from dtrain.core.storage import write_json
+from dtrain.data.cache import CacheConfig
+from dtrain.data.files import CachedFiles, Files, LocalFiles, open_files
 
 __all__ = ["SCHEMA_VERSION", "BlockEntry", "BlockTable", "FileEntry", "Manifest", "PlatformManifest", "ShardEntry"]
 
@@ -137,7 +142,13 @@ class Manifest:
 
     schema_version: int
     platforms: dict[str, PlatformManifest]
-    root: Path = field(compare=False)  # the folder it was read from; not written
+    root: Path | str = field(compare=False)  # the folder, or URL, that it was read from; not written
+    cached: CachedFiles | None = field(default=None, compare=False, repr=False)  # None: files are read in place
+
+    @property
+    def files(self) -> Files:
+        """How the files that it names are opened."""
+        return self.cached or LocalFiles(Path(self.root))
 
     @property
     def fingerprint(self) -> str:
@@ -152,23 +163,38 @@ class Manifest:
 
     def save(self) -> None:
         """Write `root/manifest.json` atomically: the commit of a preparation."""
-        write_json(self.root / "manifest.json", self.to_json())
+        write_json(Path(self.root) / "manifest.json", self.to_json())
 
     @classmethod
-    def load(cls, root: str | Path) -> Manifest:
-        """Read a prepared folder's manifest. Raises DataError when it is missing, torn or of another schema."""
-        path = Path(root) / "manifest.json"
-        if not path.is_file():
-            raise DataError(f"{path}: no manifest, so this is no (complete) prepared folder; run `dtrain prepare`")
+    def load(cls, root: str | Path, cache: CacheConfig | None = None) -> Manifest:
+        """Read the manifest of a prepared folder, which lies in a folder or at any URL that `open_blobs` takes.
+
+        `cache`: where the files it names are kept when they are not read in place (default: `CacheConfig()`). Raises
+        DataError when the manifest is missing, torn, of another schema or can't be read, ConfigError for a bad URL.
+        """
+        blobs = open_blobs(root)
+        path = f"{blobs.url}/manifest.json"
         try:
-            raw = read_json(path)
+            raw = json.loads(blobs.read("manifest.json"))
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise DataError(f"{path}: schema_version {version}; this dtrain reads {SCHEMA_VERSION}. Prepare again")
             platforms = {name: PlatformManifest.from_json(block) for name, block in raw["platforms"].items()}
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise DataError(
+                f"{path}: no manifest, so this is no (complete) prepared folder; run `dtrain prepare`"
+            ) from None
+        except CheckpointError as error:  # of object storage
+            raise DataError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); prepare again") from error
-        return cls(schema_version=version, platforms=platforms, root=Path(root))
+        files = open_files(blobs, cache or CacheConfig())
+        return cls(
+            schema_version=version,
+            platforms=platforms,
+            root=blobs.root if isinstance(blobs, LocalBlobs) else blobs.url,
+            cached=files if isinstance(files, CachedFiles) else None,
+        )
 
     def platform(self, name: str) -> PlatformManifest:
         try:
@@ -184,14 +210,9 @@ class Manifest:
         return dataclasses.replace(self, platforms={name: self.platform(name) for name in names})
 
     def verify(self, *, digests: bool = True) -> None:
-        """Check that every file is there with its recorded size (and digest). Raises CorruptFile naming the first."""
+        """Check that every file is there with its recorded size (and digest). Raises CorruptFile naming the first.
+
+        In object storage sizes are not looked up, and digests are those of what lies there, not of copies in the cache.
+        """
         for platform in self.platforms.values():
-            for entry in platform.files():
-                path = self.root / entry.path
-                if not path.is_file():
-                    raise CorruptFile(f"{path}: in the manifest, not on disk; prepare again or restore it")
-                size = path.stat().st_size
-                if size != entry.bytes:
-                    raise CorruptFile(f"{path}: {size} bytes on disk, {entry.bytes} in the manifest; prepare again")
-                if digests and sha256_file(path) != entry.sha256:
-                    raise CorruptFile(f"{path}: its SHA-256 is not the manifest's, so it was changed; prepare again")
+            self.files.check(platform.files(), digests=digests)

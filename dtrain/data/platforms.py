@@ -238,6 +238,11 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.platforms:
             raise ConfigError("platforms: is empty; describe at least one platform")
+        if "://" in self.out:
+            raise ConfigError(
+                f"out={self.out.partition('://')[0]}://...: data is prepared into a folder; give one, and copy it from "
+                "there, manifest.json last, with any tool of the storage, such as `aws s3 cp --recursive`"
+            )
         for name, platform in self.platforms.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ConfigError(f"platforms.{name}: a name is made of letters, digits, _ and -; rename the platform")

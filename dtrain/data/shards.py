@@ -79,6 +79,7 @@ class ShardReader:
         self.platform = platform
         self.shards = entry.train
         self._root = manifest.root
+        self._files = manifest.files
         self._first_block = np.cumsum([0, *(len(shard.blocks) for shard in entry.train)])  # of each shard
         rows = [count for shard in entry.train for count in shard.blocks.rows]
         self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
@@ -117,6 +118,8 @@ class ShardReader:
             parts = ((block_B[:half], row_B[:half]), (block_B[half:], row_B[half:]))
             return interleaved([self._gather(*part) for part in parts], np.array([[half, block_B.size - half]]))[0]
         missing = self._slots.missing(block_B)
+        if missing.size:
+            self._files.ready([self.shards[shard] for shard in np.unique(self._shard_of(missing)).tolist()])
         for slot, block in zip(self._slots.room(missing.size).tolist(), missing.tolist()):
             self._unpack(slot, block)
             self._slots.fill(slot, block)
@@ -148,25 +151,28 @@ class ShardReader:
         offset_R, letter_T = _ragged(user, np.uint8)
         self._users.put(slot, offset_R, [letter_T])
 
+    def _shard_of(self, block: int | np.ndarray) -> np.ndarray:
+        return np.asarray(np.searchsorted(self._first_block, block, side="right") - 1)
+
     def _open_block(self, index: int) -> pa.RecordBatch:
-        shard = int(np.searchsorted(self._first_block, index, side="right")) - 1
+        shard = int(self._shard_of(index))
         number = index - int(self._first_block[shard])
         entry = self.shards[shard]
         block = entry.blocks[number]
-        path = f"{self._root}/{entry.path}"
-        fix = "prepare again or restore the file"
-        try:
-            with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                buffer = os.pread(file.fileno(), block.bytes, block.offset)
-        except FileNotFoundError:
-            raise CorruptFile(f"{path}: in the manifest, not on disk; {fix}") from None
-        where = f"{path}: block {number} at byte {block.offset}"
-        if size != entry.bytes:
-            raise CorruptFile(f"{where}: the shard has {size} bytes, {entry.bytes} in the manifest; {fix}")
-        if zlib.crc32(buffer) != block.crc32:
-            raise CorruptFile(f"{where}: its CRC-32 is not the manifest's, so it was changed; {fix}")
-        return pa.ipc.open_file(pa.py_buffer(buffer)).get_batch(0)  # `write_shard` writes one
+
+        def read(descriptor: int) -> bytes:
+            where = f"{self._root}/{entry.path}: block {number} at byte {block.offset}"
+            fix = "prepare again or restore the file"
+            size = os.fstat(descriptor).st_size
+            if size != entry.bytes:
+                raise CorruptFile(f"{where}: the shard has {size} bytes, {entry.bytes} in the manifest; {fix}")
+            content = os.pread(descriptor, block.bytes, block.offset)
+            if zlib.crc32(content) != block.crc32:
+                raise CorruptFile(f"{where}: its CRC-32 is not the manifest's, so it was changed; {fix}")
+            return content
+
+        content = self._files.use(entry, read)
+        return pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)  # `write_shard` writes one
 
 
 def _ragged(column: pa.Array, dtype: type[np.generic]) -> tuple[np.ndarray, np.ndarray]:

@@ -138,13 +138,18 @@ class Stream(Iterator[StepSamples]):
         self._asked += count
 
     def _read(self, first: int, count: int) -> list[StepSamples | Exception]:
-        """Steps first .. first + count - 1, with the error in place of a step that can't be read."""
+        """Steps first .. first + count - 1, up to the first that can't be read, in whose place is the error."""
         try:
             return self._read_window(first, count)
         except Exception as error:  # raised by `next`
             if count == 1:
                 return [error]
-            return [one for step in range(first, first + count) for one in self._read(step, 1)]
+            found: list[StepSamples | Exception] = []
+            for step in range(first, first + count):
+                found += self._read(step, 1)
+                if isinstance(found[-1], Exception):  # nobody gets further; storage that fails may take long to say so
+                    break
+            return found
 
     def _read_window(self, first: int, count: int) -> list[StepSamples | Exception]:
         plans = self._plan.steps(first, count)

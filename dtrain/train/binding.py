@@ -87,7 +87,7 @@ RULES = (
         "the same function computed otherwise",
     ),
     Rule(
-        ("run", "cluster", "data.path", "model.encoder.name"),
+        ("run", "cluster", "data.cache", "data.path", "model.encoder.name"),
         "free",
         "where things are; what is there is held to its fingerprint",
     ),

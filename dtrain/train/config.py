@@ -10,6 +10,7 @@ from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.core.cluster import ClusterConfig
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
+from dtrain.data.cache import CacheConfig
 from dtrain.data.mixture import MixtureConfig
 from dtrain.data.plan import PlanConfig
 from dtrain.data.stream import StreamConfig
@@ -26,8 +27,9 @@ TASKS = ("recommend", "rank")
 class DataConfig:
     """What to train on."""
 
-    path: str  # prepared folder, the `out` of `dtrain prepare`
+    path: str  # prepared folder, the `out` of `dtrain prepare`, or s3://bucket/prefix of a copy
     platforms: list[str] = field(default_factory=list)  # names to use, in this order; empty: all
+    cache: CacheConfig = field(default_factory=CacheConfig)  # of what lies elsewhere, on each node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.commits import Commit
@@ -71,7 +70,7 @@ def _era(config: RunConfig, inputs: Inputs, step: int) -> Era:
     return Era(
         from_step=step,
         manifest=inputs.manifest.fingerprint,
-        path=str(Path(config.data.path).resolve()),
+        path=inputs.manifest.files.origin,
         plan=config.plan,
         mixture=Mixture.make(config.mixture, samples),
     )

@@ -51,12 +51,12 @@ class Inputs:
 
 
 def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = None) -> Inputs:
-    """Open and check the prepared folder, the tokenizer (default: the encoder's) and the token caches. Collective.
+    """Open and check the prepared data, the tokenizer (default: the encoder's) and the token caches. Collective.
 
-    The sizes of all files are checked against the manifest, block contents when they are read. Raises DataError,
-    CorruptFile or ConfigError.
+    All files must be there, those in a folder with the size that the manifest has; block contents are checked when they
+    are read. Raises DataError, CorruptFile or ConfigError.
     """
-    manifest = Manifest.load(config.data.path).select(config.data.platforms)
+    manifest = Manifest.load(config.data.path, config.data.cache).select(config.data.platforms)
     manifest.verify(digests=False)
     name = str(tokenizer_from or config.model.encoder.name)
     try:
@@ -65,8 +65,9 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model.encoder.name={name!r}: its tokenizer can't be opened ({why})") from error
     items: Items | None = None
-    for turn in (True, False):  # one rank of each machine makes missing token caches, then the others find them
+    for turn in (True, False):  # one rank of each machine fetches and makes what is missing, then the others find them
         if (comm.world.local_rank == 0) == turn:
+            manifest.files.ready([platform.catalog for platform in manifest.platforms.values()])
             items = Items.open(manifest, tokenizer, config.batch.text_tokens)
         comm.barrier()
     assert items is not None
