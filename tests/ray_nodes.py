@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.cluster_utils import Cluster
@@ -18,6 +18,9 @@ from tests.train_toys import ROOT
 
 __all__ = ["Nodes", "arm", "nodes"]
 
+T = TypeVar("T")
+
+_TRIES = 3
 _STORE = 80 << 20  # bytes of a node's object store, about the least that Ray takes
 
 
@@ -38,7 +41,7 @@ class Nodes:
     def __init__(self, count: int, cpus: int = 1, **head: Any) -> None:
         self._cpus = cpus
         head = {"include_dashboard": False, **head}
-        self._cluster = Cluster(initialize_head=True, head_node_args=self._args(0, **head))
+        self._cluster = _again(lambda: Cluster(initialize_head=True, head_node_args=self._args(0, **head)))
         self._others = [self._start() for _ in range(count)]
 
     @property
@@ -58,11 +61,19 @@ class Nodes:
         self._cluster.shutdown()
 
     def _start(self) -> Any:
-        return self._cluster.add_node(**self._args(self._cpus))
+        return _again(lambda: self._cluster.add_node(**self._args(self._cpus)))
 
     def _args(self, cpus: int, **more: Any) -> dict[str, Any]:
         agents = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
         return {"num_cpus": cpus, "object_store_memory": _STORE, **_ports(*agents), **more}
+
+
+def _again(start: Callable[[], T]) -> T:
+    """`start()`, tried again when it fails: a raylet gives up on agents that a busy machine needs 15 s to start."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 @contextlib.contextmanager

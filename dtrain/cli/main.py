@@ -181,16 +181,9 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from dtrain.core.config import load_config
-    from dtrain.data.platforms import PrepareConfig
-    from dtrain.data.prepare import prepare
-    from dtrain.data.workers import give_memory_back
+    from dtrain.cli.prepare import prepare_data
 
-    give_memory_back()
-    report = prepare(load_config(PrepareConfig, arguments.config, arguments.overrides), progress=sys.stderr.isatty())
-    print(report.table())
-    print(report.summary())
-    return 0
+    return prepare_data(arguments.config, arguments.overrides)
 
 
 def _synth(arguments: argparse.Namespace) -> int:

@@ -20,14 +20,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     from dtrain.orchestrate.job import train_on_cluster
-    from dtrain.orchestrate.paths import anchored
     from dtrain.train.config import RunConfig
 
     if not argv or argv[0].startswith("-"):
         print("usage: python launch/ray_train.py CONFIG [a.b=c ...]", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = anchored(load_config(RunConfig, argv[0], argv[1:]))
+    config = load_config(RunConfig, argv[0], argv[1:])
     status, reason = train_on_cluster(config)
     if status == "stopped":
         raise Stopped(f"{config.run}: stopped as asked ({reason}); the same command goes on from there")

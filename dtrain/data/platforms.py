@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtrain.core.cluster import ClusterConfig
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
 
@@ -234,6 +235,9 @@ class PrepareConfig:
     window: int = 50  # items of a training sample at most
     overlap: int = 10  # leading items that a later window repeats as context from the one before
     workers: int = 0  # processes; 0: one a core
+    cluster: ClusterConfig = field(
+        default_factory=ClusterConfig
+    )  # with an address: its nodes instead of processes here
 
     def __post_init__(self) -> None:
         if not self.platforms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 from collections.abc import Iterator
 
 import ray
@@ -13,6 +14,8 @@ from dtrain.core.cluster import ClusterConfig
 from dtrain.core.errors import ConfigError
 
 __all__ = ["cluster"]
+
+_KNOCK_S = 10.0
 
 
 @contextlib.contextmanager
@@ -25,8 +28,9 @@ def cluster(config: ClusterConfig) -> Iterator[ClusterConfig]:
     joined = ray.is_initialized()
     if not joined:
         try:
+            _knock(config.address)
             ray.init(address=config.address or "auto", configure_logging=False)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cluster.address={config.address or 'auto'}: no Ray cluster to be reached ({error}). Start one with "
                 "`ray start --head`, or give the address of its head node, and its token in RAY_AUTH_TOKEN"
@@ -36,6 +40,13 @@ def cluster(config: ClusterConfig) -> Iterator[ClusterConfig]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nothing listens at HOST:PORT: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _settled(config: ClusterConfig) -> ClusterConfig:

@@ -28,6 +28,7 @@ from dtrain.core.errors import ConfigError, DtrainError, Interrupted, StopOverdu
 from dtrain.core.storage import write_text
 from dtrain.orchestrate.attempt import Attempt, Room, bundle_of
 from dtrain.orchestrate.connection import cluster
+from dtrain.orchestrate.paths import anchored
 from dtrain.orchestrate.reports import Verdict
 from dtrain.orchestrate.worker import Work, evaluating, mark_of, training
 from dtrain.train.config import RunConfig
@@ -53,9 +54,12 @@ class JobFailed(DtrainError):
 def train_on_cluster(config: RunConfig) -> tuple[str, str]:
     """Train on the cluster of `config.cluster`: how it ended, and why it stopped where it was asked to.
 
+    Relative paths in `config` count from here.
+
     Raises JobFailed, ConfigError, TrainError when more machines fail than the config allows, StopOverdue and
     Interrupted.
     """
+    config = anchored(config)
     with cluster(config.cluster) as settled, _shared_folder(config) as token:
         job = _Job(config=config, cluster=settled, work=training, token=token)
         with job.listening():
@@ -65,6 +69,14 @@ def train_on_cluster(config: RunConfig) -> tuple[str, str]:
 
 def evaluate_on_cluster(config: RunConfig, overrides: Sequence[str]) -> str:
     """Evaluate the run `config.run` on the cluster: the table. Raises as `train_on_cluster`."""
+    config = anchored(config)
+    paths = {
+        "data.path": config.data.path,
+        "model.encoder.name": config.model.encoder.name,
+        "checkpoint.path": config.checkpoint.path,
+        "evaluate.retriever": config.evaluate.retriever,
+    }
+    overrides = [*overrides, *(f"{key}={path}" for key, path in paths.items() if path)]
     with cluster(config.cluster) as settled, _shared_folder(config) as token:
         return _Job(config=config, cluster=settled, work=evaluating, token=token, overrides=overrides).run().result
 

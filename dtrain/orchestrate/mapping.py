@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dtrain.core.cluster import ClusterConfig
 from dtrain.core.errors import ConfigError, DataError
 from dtrain.core.storage import write_text
+from dtrain.data.workers import RunMap
 from dtrain.orchestrate.connection import cluster
 
 __all__ = ["cluster_map"]
@@ -27,9 +28,7 @@ _AHEAD = 2  # tasks asked for, for each that the cluster can do at once: bounds 
 
 
 @contextlib.contextmanager
-def cluster_map(
-    config: ClusterConfig, folder: str | Path
-) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]]:
+def cluster_map(config: ClusterConfig, folder: str | Path) -> Iterator[RunMap]:
     """`map` over the nodes of the cluster, results in order, for functions that may be run again.
 
     A task whose node is lost is run elsewhere, `config.max_failures` times. What a function raises is raised.
