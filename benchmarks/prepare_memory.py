@@ -30,7 +30,8 @@ from dtrain.data.platforms import PrepareConfig
 from dtrain.data.prepare import prepare
 
 start = time.monotonic()
-report = prepare(load_config(PrepareConfig, "configs/data/grocery.yaml", ["out=" + sys.argv[1]]), progress=False)
+config = load_config(PrepareConfig, "configs/data/grocery.yaml", ["workers=1", "out=" + sys.argv[1]])
+report = prepare(config, progress=False)
 platform = report.manifest.platforms["grocery"]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 seconds = time.monotonic() - start

@@ -127,6 +127,7 @@ def test_config_rules_of_the_whole(tmp_path: Path) -> None:
     for more, message in (
         ({"window": 10, "overlap": 10}, "overlap < window"),
         ({"privacy": {"scope": "world"}}, "must be one of company, platform"),
+        ({"workers": -1}, "workers=-1: must be 0 .* or more"),
     ):
         with pytest.raises(ConfigError, match=message):
             config_of(tmp_path, {"shop": shop}, **more)

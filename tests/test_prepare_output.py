@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import signal
 import subprocess
@@ -126,11 +125,11 @@ def test_the_same_users_in_the_same_order_whatever_the_buckets(tmp_path: Path, m
     size = (tmp_path / "raw/orders.csv").stat().st_size
     monkeypatch.setattr(spill, "_BUCKET_BYTES", size // 4)
     monkeypatch.setattr(spill, "_FLUSH_BYTES", 1000)
-    here = prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "here"))).manifest
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        there = prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "there")), run=pool.map).manifest
+    here = prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "here"), workers=1)).manifest
+    there = prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "there"), workers=3)).manifest
     assert len(here.platform("shop").train) > 2 > len(one.platform("shop").train)
     assert here.fingerprint == there.fingerprint
+    assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
     assert samples_of(here, "shop") == samples_of(one, "shop")
     for part in ("valid", "test"):
         tables = [

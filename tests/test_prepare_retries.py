@@ -37,7 +37,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pre
 @pytest.fixture
 def whole(shop: Callable[[str], PrepareConfig], tmp_path: Path) -> dict[str, bytes]:
     """The files of an undisturbed preparation."""
-    prepare(shop("whole"))
+    prepare(shop("whole"), run=map)
     files = files_of(tmp_path / "whole")
     assert sum(name.endswith(".tar") for name in files) > 2
     return files
