@@ -15,7 +15,10 @@ from torch import Tensor
 
 from dtrain.core.comm import Comm
 
-__all__ = ["Traffic", "train"]
+__all__ = ["MEASURED", "Traffic", "read", "train"]
+
+MEASURED = 3  # the step that is counted; before it DeepSpeed records which weights are used when
+_PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller tensors stay whole
 
 #: torch.distributed's function -> (what it is called here, which argument is the whole payload).
 _CALLS = {
@@ -90,7 +93,7 @@ class Traffic:
             self.part = before
 
     def of_step(self, step: int) -> dict[str, int]:
-        """"part operation" -> bytes."""
+        """ "part operation" -> bytes."""
         return {f"{part} {operation}": n for (s, part, operation), n in self.bytes.items() if s == step}
 
 
@@ -191,37 +194,41 @@ def train(comm: Comm, config_path: str, overrides: list[str]) -> dict[str, Any]:
         step(loop, progress)
 
     def counted_union(own: Comm, values: Any) -> Any:
-        ids[traffic.step] = int(len(set(values.tolist())))
+        ids[traffic.step] = len(set(values.tolist()))
         return union(own, values)
+
+    def keep_most(now: dict[str, int]) -> None:
+        for name, size in now.items():
+            held[name] = max(held.get(name, 0), size)
+
+    def preceded(call: Callable[..., Any], first: Callable[[], None]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            first()
+            return call(*args, **kwargs)
+
+        return wrapper
 
     def watched(engine: Any, batch: Any) -> Any:
         rows[traffic.step] = batch.share_rows
         about.setdefault("before", _resident())
-        if traffic.step == 2 and hasattr(engine, "_engine"):
-            inner, zero = engine._engine.step, engine._zero
-            backward = engine._engine.backward
-
-            def before_update(*args: Any, **kwargs: Any) -> Any:
-                held.update(allocated(engine), resident=_resident())
-                return inner(*args, **kwargs)
+        if traffic.step == MEASURED and hasattr(engine, "_engine"):
+            inner, backward, zero = engine._engine.step, engine._engine.backward, engine._zero
 
             def in_backward(*args: Any, **kwargs: Any) -> Any:
                 with traffic.within("backward"):
                     return backward(*args, **kwargs)
 
-            engine._engine.step = before_update
+            engine._engine.step = preceded(inner, lambda: keep_most({**allocated(engine), "resident": _resident()}))
             engine._engine.backward = in_backward
-            if hasattr(zero, "_release_ipg_buffers"):
-                release = zero._release_ipg_buffers
-
-                def before_release() -> None:
-                    about["peak"] = allocated(engine)
-                    release()
-
-                zero._release_ipg_buffers = before_release
+            for name in ("reduce_gradients", "_release_ipg_buffers"):  # before either, as much is held as ever
+                if hasattr(zero, name):
+                    setattr(zero, name, preceded(getattr(zero, name), lambda: keep_most(allocated(engine))))
         result = update(engine, batch)
-        if traffic.step == 2:
+        if traffic.step == MEASURED:
             about.update(describe(engine.module), hidden=engine.module.encoder.hidden, after=allocated(engine))
+            sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
+            about["small"], about["largest"] = sum(n for n in sizes if n < _PERSISTENT), max(sizes)
+            about["generator"] = torch.get_rng_state().numel()
             about["blocks"], about["platforms"] = len(batch.blocks), len(batch.target_weight_P)
             about["resident"] = _resident()
         return result
@@ -229,4 +236,42 @@ def train(comm: Comm, config_path: str, overrides: list[str]) -> dict[str, Any]:
     Loop._step, Comm.union, BaseEngine.train_step = counted_step, counted_union, watched  # type: ignore[method-assign,assignment]
     config = load_config(RunConfig, Path(config_path), overrides)
     run_job(config, comm.world)
-    return {"traffic": traffic.of_step(2), "calls": {f"{p} {o}": n for (s, p, o), n in traffic.calls.items() if s == 2}, "held": held, "about": about, "ids": ids[2], "rows": rows[2]}
+    return {
+        "traffic": traffic.of_step(MEASURED),
+        "calls": {f"{p} {o}": n for (s, p, o), n in traffic.calls.items() if s == MEASURED},
+        "held": held,
+        "about": about,
+        "ids": ids[MEASURED],
+        "rows": rows[MEASURED],
+    }
+
+
+def read(comm: Comm, folder: str, steps: int, samples: int, lanes: int, shuffle: int) -> dict[str, Any]:
+    """Read this rank's samples of `steps` steps, an epoch of every platform; blocks opened and bytes read."""
+    import os
+
+    from dtrain.data.manifest import Manifest
+    from dtrain.data.mixture import Mixture, MixtureConfig
+    from dtrain.data.plan import Plan, PlanConfig
+    from dtrain.data.shards import ShardReader
+    from dtrain.data.stream import Stream, blocks_at_once
+
+    manifest = Manifest.load(folder)
+    config = PlanConfig(samples=samples, lanes=lanes, shuffle_shards=shuffle, negatives=0)
+    sizes = {name: p.train_samples for name, p in manifest.platforms.items()}
+    plan = Plan(manifest, Mixture.make(MixtureConfig(temperature=1), sizes), config)
+    pread, found = os.pread, {"opens": 0, "bytes": 0}
+
+    def counted(*args: Any) -> bytes:
+        data = pread(*args)
+        found["opens"] += 1
+        found["bytes"] += len(data)
+        return data
+
+    os.pread = counted  # type: ignore[assignment]
+    blocks = blocks_at_once(config, comm.world.size)
+    readers = {name: ShardReader(manifest, name, cached_blocks=blocks) for name in manifest.platforms}
+    with Stream(plan, readers, comm.world) as stream:
+        for first in range(0, steps, 64):  # the windows of a stream, but none beyond the epoch
+            stream._read_window(first, min(64, steps - first))
+    return found
