@@ -269,8 +269,10 @@ def read(comm: Comm, folder: str, steps: int, samples: int, lanes: int, shuffle:
         return data
 
     os.pread = counted  # type: ignore[assignment]
-    blocks = blocks_at_once(config, comm.world.size)
-    readers = {name: ShardReader(manifest, name, cached_blocks=blocks) for name in manifest.platforms}
+    readers = {
+        name: ShardReader(manifest, name, cached_blocks=blocks_at_once(config, comm.world.size, share))
+        for name, share in plan.mixture.least_shares().items()
+    }
     with Stream(plan, readers, comm.world) as stream:
         for first in range(0, steps, 64):  # the windows of a stream, but none beyond the epoch
             stream._read_window(first, min(64, steps - first))

@@ -22,6 +22,10 @@ from benchmarks.scaling_tables import GPUS, PAGES
 from dtrain.checkpoint.tensorfile import write_tensors
 from dtrain.core.local_blobs import LocalBlobs
 from dtrain.core.state import Fragment
+from dtrain.data.mixture import Mixture, MixtureConfig
+from dtrain.data.plan import PlanConfig
+from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
+from dtrain.data.stream import blocks_at_once
 from dtrain.engine.config import EngineConfig
 from dtrain.engine.memory import bucket_elements
 
@@ -127,3 +131,20 @@ def test_tables_are_put_between_their_markers(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no markers of plan"):
         write(page, "plan", "text")
     assert json.dumps(page.read_text()).count("after") == 1
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.25] * 4, [0.6, 0.3, 0.1], [0.97, 0.01, 0.02]])
+def test_a_rank_holds_the_blocks_of_every_lane_that_it_reads(shares: list[float]) -> None:
+    config, groups = PlanConfig(lanes=16, shuffle_shards=2), 2 * SHARD_SAMPLES // BLOCK_SAMPLES
+    starts = np.concatenate([[0], np.cumsum(shares)])
+    for size in range(1, 65):
+        for share, start, end in zip(shares, starts, starts[1:]):
+            cuts = np.clip((np.arange(size + 1) / size - start) / (end - start), 0, 1) * config.lanes
+            lanes = np.ceil(cuts[1:] - 1e-9) - np.floor(cuts[:-1] + 1e-9)  # that each rank has samples of
+            assert lanes.max() * groups <= blocks_at_once(config, size, share)
+
+
+def test_a_platforms_least_share_counts_where_the_mixture_changes() -> None:
+    mixture = Mixture.make(MixtureConfig(weights={"a": 0.75, "b": 0.25}), {"a": 1, "b": 1})
+    changed = mixture.extended(5, {"a": 0.5, "b": 0.5})
+    assert changed.least_shares() == {"a": 0.5, "b": 0.25}
