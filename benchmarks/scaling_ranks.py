@@ -210,7 +210,6 @@ def train(comm: Comm, config_path: str, overrides: list[str]) -> dict[str, Any]:
 
     def watched(engine: Any, batch: Any) -> Any:
         rows[traffic.step] = batch.share_rows
-        about.setdefault("before", _resident())
         if traffic.step == MEASURED and hasattr(engine, "_engine"):
             inner, backward, zero = engine._engine.step, engine._engine.backward, engine._zero
 
@@ -230,9 +229,15 @@ def train(comm: Comm, config_path: str, overrides: list[str]) -> dict[str, Any]:
             about["small"], about["largest"] = sum(n for n in sizes if n < _PERSISTENT), max(sizes)
             about["generator"] = torch.get_rng_state().numel()
             about["blocks"], about["platforms"] = len(batch.blocks), len(batch.target_weight_P)
-            about["resident"] = _resident()
         return result
 
+    make = BaseEngine.__init__
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        about["resident"] = _resident()  # with the weights
+        make(*args, **kwargs)
+
+    BaseEngine.__init__ = noted  # type: ignore[method-assign]
     Loop._step, Comm.union, BaseEngine.train_step = counted_step, counted_union, watched  # type: ignore[method-assign,assignment]
     config = load_config(RunConfig, Path(config_path), overrides)
     run_job(config, comm.world)

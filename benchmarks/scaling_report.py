@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Iterator
@@ -30,12 +31,14 @@ class Row:
     what: str
     predicted: float
     measured: float
-    tolerance: float
+    tolerance: float  # inf: shown, not judged
     most: float | None = None  # where the formula gives a range, `predicted` is its lower end and this its upper
     slack: float = 0.0  # allowed beside the tolerance, in the row's unit
 
     @property
     def met(self) -> bool:
+        if math.isinf(self.tolerance):
+            return True
         slack = self.tolerance * self.predicted + self.slack
         high = self.predicted if self.most is None else self.most
         return self.predicted - slack <= self.measured <= high + slack
@@ -79,6 +82,9 @@ def _memory(case: str, stage: int, precision: str, size: int, ranks: list[Any]) 
         if name == "gradients" and stage == 2:  # whole gradients of parameters that the cuts go through
             most = parts[name] + 2 * width * about["largest"]
         yield Row("memory", case, name, parts[name], measured, PADDED, most)
+    grown = max(rank["held"]["resident"] for rank in ranks) - about["resident"]
+    expected = sum(parts[name] for name in ("gradients", "masters", "moments"))
+    yield Row("memory", case, "resident, above that of the weights", expected, grown, math.inf)
 
 
 def _traffic(case: str, stage: int, precision: str, size: int, ranks: list[Any]) -> Iterator[Row]:
@@ -148,6 +154,12 @@ def _value(row: Row, value: float) -> str:
     return f"{value:.2f}" if row.what.startswith("opens") else f"{value:,.0f}"
 
 
+def _tolerance(row: Row) -> str:
+    if math.isinf(row.tolerance):
+        return "not judged"
+    return f"{row.tolerance:.1%}" if row.met else f"**outside of {row.tolerance:.1%}**"
+
+
 def _row_tables(rows: list[Row]) -> str:
     texts = []
     for part in dict.fromkeys(row.part for row in rows):
@@ -159,7 +171,7 @@ def _row_tables(rows: list[Row]) -> str:
                 _value(row, row.predicted) + (f" to {_value(row, row.most)}" if row.most is not None else ""),
                 _value(row, row.measured),
                 f"{row.difference:+.2%}",
-                f"{row.tolerance:.1%}" if row.met else f"**outside of {row.tolerance:.1%}**",
+                _tolerance(row),
             ]
             for row in own
         ]
