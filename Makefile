@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-stream demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint bench-scaling bench-stream demo test test-gpu lint inputs soak clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -29,6 +29,11 @@ soak: $(STAMP)
 
 bench-checkpoint: $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint --work runs/bench
+
+# Formulas against 1 to 4 ranks, and the plan at 10^10 samples: a quarter of an hour, QUICK=1 five minutes.
+bench-scaling: $(STAMP)
+	mkdir -p runs/bench
+	$(BIN)/python -m benchmarks.scaling --work runs/bench --results runs/bench/scaling.json $(if $(QUICK),,--docs docs)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
