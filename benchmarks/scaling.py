@@ -26,11 +26,13 @@ from dtrain.data.pseudonym import KEY_VARIABLE
 from tests.ranks import run_ranks
 
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
+PREFETCH = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 PARTS = ("ranks", "reads", "plan")
-#: (ranks, precision, stage, DeepSpeed's keys). bf16 is emulated here, so of one encoder layer.
+#: (ranks, precision, stage, elements of ZeRO 3's prefetch bucket). bf16 is emulated here, so of one encoder layer.
 RUNS = [
-    *((size, "fp32", stage) for size in ((2, 4) if QUICK else (1, 2, 3, 4)) for stage in range(4)),
-    *((2, "bf16", stage) for stage in range(4)),
+    *((size, "fp32", stage, PREFETCH) for size in ((2, 4) if QUICK else (1, 2, 3, 4)) for stage in range(4)),
+    *((2, "bf16", stage, PREFETCH) for stage in range(4)),
+    (2, "fp32", 3, 0),
 ]
 _SHAPES = {"fp32": (2, 12_000), "bf16": (1, 4_000)}  # layers and words of the vocabulary
 READS = {  # platforms -> shards of 4,096 samples each
@@ -49,15 +51,16 @@ def ranks(work: Path) -> dict[str, Any]:
 
     os.environ[KEY_VARIABLE] = KEY
     data, found = write_shops(work / "shops"), {}
-    for size, precision, stage in RUNS:
+    for size, precision, stage, prefetch in RUNS:
         encoder = _encoder(work, precision)
-        name = f"{precision} {stage} {size}"
+        name = f"{precision} {stage} {size} {prefetch}"
+        keys = {"zero_optimization": {"stage3_prefetch_bucket_size": prefetch}} if stage == 3 else {}
         folder = work / name.replace(" ", "-")
         path = run_config(
             folder,
             data,
             encoder,
-            engine={"name": "deepspeed", "zero_stage": stage, "precision": precision},
+            engine={"name": "deepspeed", "zero_stage": stage, "precision": precision, "deepspeed": keys},
             train={
                 "steps": scaling_ranks.MEASURED + 1,
                 "log_every": 1,

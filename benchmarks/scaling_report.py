@@ -45,17 +45,19 @@ class Row:
 
     @property
     def difference(self) -> float:
-        return self.measured / self.predicted - 1 if self.predicted else float(self.measured > 0)
+        """Of the measured value from the predicted one, or from the nearer end of its range, as a share."""
+        nearest = min(max(self.measured, self.predicted), self.predicted if self.most is None else self.most)
+        return self.measured / nearest - 1 if nearest else float(self.measured > 0)
 
 
 def rows_of(results: dict[str, Any]) -> list[Row]:
     """Every row of what was measured."""
     found: list[Row] = []
     for name, ranks in results.get("ranks", {}).items():
-        precision, stage, size = name.split()
-        case = f"ZeRO {stage}, {precision}, {size} rank{'s' * (size != '1')}"
+        precision, stage, size, prefetch = name.split()
+        case = f"ZeRO {stage}, {precision}, {size} rank{'s' * (size != '1')}{', no prefetch' * (prefetch == '0')}"
         found += _memory(case, int(stage), precision, int(size), ranks)
-        found += _traffic(case, int(stage), precision, int(size), ranks)
+        found += _traffic(case, int(stage), precision, int(size), 1.0 if int(prefetch) else 2.0, ranks)
         found += _checkpoint(case, int(size), ranks)
     for name, case in results.get("reads", {}).items():
         found += _reads(name, case)
@@ -87,7 +89,7 @@ def _memory(case: str, stage: int, precision: str, size: int, ranks: list[Any]) 
     yield Row("memory", case, "resident, above that of the weights", expected, grown, math.inf)
 
 
-def _traffic(case: str, stage: int, precision: str, size: int, ranks: list[Any]) -> Iterator[Row]:
+def _traffic(case: str, stage: int, precision: str, size: int, gathers: float, ranks: list[Any]) -> Iterator[Row]:
     if size == 1:
         return
     about, sent = ranks[0]["about"], ranks[0]["traffic"]
@@ -99,7 +101,7 @@ def _traffic(case: str, stage: int, precision: str, size: int, ranks: list[Any])
         purpose, operation = key.split()
         if purpose in ("deepspeed", "backward"):
             deepspeed[operation] = deepspeed.get(operation, 0) + size_
-    predicted = model_traffic(model, stage, width, size)
+    predicted = model_traffic(model, stage, width, size, gathers=gathers)
     for operation in ("all-reduce", "all-gather", "reduce-scatter", "broadcast"):
         if operation in predicted or deepspeed.get(operation, 0) > 1024:
             yield Row(
@@ -160,20 +162,33 @@ def _tolerance(row: Row) -> str:
     return f"{row.tolerance:.1%}" if row.met else f"**outside of {row.tolerance:.1%}**"
 
 
+def _cases(rows: list[Row]) -> str:
+    """Of rows with the same numbers; stages of one size and precision are listed."""
+    tails = {row.case.split(", ", 1)[-1] for row in rows}
+    if len(rows) > 1 and len(tails) == 1 and rows[0].case.startswith("ZeRO"):
+        return f"ZeRO {', '.join(row.case[5] for row in rows)}; {tails.pop()}"
+    return rows[0].case + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+
+
 def _row_tables(rows: list[Row]) -> str:
     texts = []
     for part in dict.fromkeys(row.part for row in rows):
-        own = [row for row in rows if row.part == part]
+        alike: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            if row.part == part and (row.predicted or row.measured or not row.tolerance):
+                key = row.what, row.predicted, row.measured, row.most, row.met
+                alike.setdefault(key, []).append(row)
         lines = [
             [
-                row.case,
+                _cases(group),
                 row.what,
                 _value(row, row.predicted) + (f" to {_value(row, row.most)}" if row.most is not None else ""),
                 _value(row, row.measured),
                 f"{row.difference:+.2%}",
                 _tolerance(row),
             ]
-            for row in own
+            for group in alike.values()
+            for row in group[:1]
         ]
         head = ["case", "what", "predicted", "measured", "difference", "tolerance"]
         texts.append(f"### {part[0].upper()}{part[1:]}\n\n{table(head, lines)}")
