@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-prepare bench-stream demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint bench-prepare bench-scaling bench-stream demo test test-gpu lint inputs soak clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -33,6 +33,11 @@ bench-checkpoint: $(STAMP)
 # Needs about 3 GB below runs/bench/prepare, 8 GiB of memory for Polars, and PyPI once. QUICK=1: minutes.
 bench-prepare: $(STAMP)
 	$(BIN)/python benchmarks/prepare_speed.py
+
+# Formulas against 1 to 4 ranks, and the plan at 10^10 samples: a quarter of an hour, QUICK=1 five minutes.
+bench-scaling: $(STAMP)
+	mkdir -p runs/bench
+	$(BIN)/python -m benchmarks.scaling --work runs/bench --results runs/bench/scaling.json $(if $(QUICK),,--docs docs)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

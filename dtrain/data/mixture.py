@@ -102,6 +102,11 @@ class Mixture:
             total_P += periods * np.array(segment.shares, np.int64) + prefix_SP[rest]
         return total_P
 
+    def least_shares(self) -> dict[str, float]:
+        """Each platform's smallest share of the samples, 0..1, over all segments."""
+        shares_P = np.array([segment.shares for segment in self.segments]).min(axis=0) / PERIOD
+        return dict(zip(self.platforms, shares_P.tolist()))
+
     def to_json(self) -> dict[str, Any]:
         """For checkpoints; `from_json` reads it back."""
         segments = [{"from_step": s.from_step, "shares": list(s.shares)} for s in self.segments]

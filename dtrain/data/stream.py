@@ -48,13 +48,14 @@ class StreamConfig:
             raise ConfigError(f"stream.prefetch={self.prefetch}: must be at least 1 step")
 
 
-def blocks_at_once(config: PlanConfig, size: int) -> int:
+def blocks_at_once(config: PlanConfig, size: int, share: float = 1.0) -> int:
     """Blocks of a platform for one of `size` ranks to hold, so that each is opened once an epoch or little more often.
 
-    A lane's samples come from one shuffle group at a time, and a rank's come from its share of the lanes. Half as many
-    again, since lanes go from group to group at different times.
+    `share` is the platform's of a step, 0..1: a step's samples lie by platform, so `size * share` ranks have this
+    one's, and one rank may have all of a small one's. A lane's samples come from one shuffle group at a time, and a
+    rank's come from its share of the lanes. Half as many again, since lanes go from group to group at different times.
     """
-    lanes = min(config.lanes, config.lanes // size + 2)
+    lanes = min(config.lanes, int(config.lanes / (size * share)) + 2)
     return 3 * lanes * config.shuffle_shards * (SHARD_SAMPLES // BLOCK_SAMPLES) // 2
 
 

@@ -29,6 +29,7 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.engine.base import BaseEngine, Piece, Setup
 from dtrain.engine.deepspeed_keys import check_keys
+from dtrain.engine.memory import bucket_elements
 from dtrain.engine.optimizer import make_optimizer, prime
 
 __all__ = ["DeepSpeedEngine"]
@@ -60,7 +61,7 @@ class DeepSpeedEngine(BaseEngine):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer(setup.optimizer, model, setup.roles),
-                config=_settings(setup),
+                config=_settings(setup, sum(p.numel() for p in self._trainable.values())),
                 dist_init_required=False,
             )
         except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's ValidationError is a ValueError
@@ -220,7 +221,7 @@ class _Weights:
         out.copy_(self.read(kind, name, offset, out.numel()))
 
 
-def _settings(setup: Setup) -> dict[str, Any]:
+def _settings(setup: Setup, trainable: int) -> dict[str, Any]:
     """DeepSpeed's configuration: the user's keys under dtrain's."""
     config, extra = setup.engine, setup.engine.deepspeed
     zero: dict[str, Any] = {
@@ -229,6 +230,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0,
         **extra.get("zero_optimization", {}),
         "stage": config.zero_stage,
+        "reduce_bucket_size": bucket_elements(config, trainable),
     }
     host = {"device": "cpu", "pin_memory": setup.comm.device.type == "cuda"}
     if config.offload != "none":

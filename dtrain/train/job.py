@@ -113,8 +113,10 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
     plan = run.eras.current.make_plan(inputs.manifest)
-    blocks = blocks_at_once(run.eras.current.plan, comm.world.size)
-    readers = {name: ShardReader(inputs.manifest, name, cached_blocks=blocks) for name in inputs.platforms}
+    readers = {
+        name: ShardReader(inputs.manifest, name, cached_blocks=blocks_at_once(plan.config, comm.world.size, share))
+        for name, share in plan.mixture.least_shares().items()
+    }
     with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
         loop = Loop(
             config=config.train,
