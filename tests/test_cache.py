@@ -142,6 +142,18 @@ def test_a_killed_makers_file_is_made_by_who_waits_for_it(tmp_path: Path) -> Non
     assert parts(tmp_path) == []
 
 
+def test_what_was_made_since_one_looked_is_not_made_again(tmp_path: Path) -> None:
+    class Late(FileCache):
+        def open(self, name: str) -> int:
+            if not self.path(name).exists():
+                read(cache(tmp_path), 1)
+                raise FileNotFoundError
+            return super().open(name)
+
+    assert read(Late(CacheConfig(path=str(tmp_path))), 1, refused) == content(1)
+    assert parts(tmp_path) == []
+
+
 def test_what_a_killed_maker_left_goes_with_the_next_file(tmp_path: Path) -> None:
     begun = CONTEXT.Event()
     maker = CONTEXT.Process(target=_make_half, args=(tmp_path, begun), daemon=True)

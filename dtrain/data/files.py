@@ -155,8 +155,7 @@ class CachedFiles:
         away = [entry for entry in entries if not self._cache.used_lately(_name(entry))]
         if len(away) > 1:
             with ThreadPoolExecutor(min(len(away), self._blobs.reads_at_once), "dtrain-fetch") as pool:
-                for descriptor in pool.map(self._obtain, away):
-                    os.close(descriptor)
+                list(pool.map(lambda entry: os.close(self._obtain(entry)), away))
 
     def check(self, entries: Collection[Entry], *, digests: bool) -> None:
         there: dict[str, set[str]] = {}
