@@ -21,7 +21,7 @@ test: inputs lint
 	DTRAIN_INPUTS=runs/inputs $(BIN)/python -m pytest
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m cuda -rs
+	$(BIN)/python -m pytest -n 0 -m cuda -rs
 
 # Faults of every kind, and SOAK_KILLS kills at random moments: about a quarter of an hour.
 soak: $(STAMP)

@@ -28,6 +28,23 @@ WORDS = (
 ).split()
 
 
+#: Modules that take minutes, the longest first: begun last, one of them would run alone at the end.
+LONG = (
+    "test_ray_train",
+    "test_hosts",
+    "test_faults",
+    "test_stop",
+    "test_elastic",
+    "test_equivalence",
+    "test_ray_prepare",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules are dealt to processes in this order."""
+    items.sort(key=lambda item: LONG.index(name) if (name := item.path.stem) in LONG else len(LONG))
+
+
 def make_tiny_encoder(folder: Path) -> Path:
     """A Hugging Face folder with a random two-layer BERT (hidden 32), its WordPiece vocabulary WORDS and letters."""
     folder.mkdir(parents=True, exist_ok=True)
