@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-prepare bench-scaling bench-stream demo test test-gpu lint inputs soak clean
+.PHONY: bench-checkpoint bench-prepare bench-scaling bench-stream demo test test-gpu lint inputs soak soak-cluster clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -26,6 +26,10 @@ test-gpu: $(STAMP)
 # Faults of every kind, and SOAK_KILLS kills at random moments: about a quarter of an hour.
 soak: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/soak.py runs/soak.md
+
+# A job on a Ray cluster and what befalls it. As root also hosts with a network between them.
+soak-cluster: $(STAMP)
+	$(BIN)/python -m benchmarks.cluster_soak runs/soak-cluster.md
 
 bench-checkpoint: $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint --work runs/bench

@@ -1,0 +1,224 @@
+"""What may befall a job on a Ray cluster, for real: `make soak-cluster`.
+
+    [SOAK_PARTS=killed,worker,...] python -m benchmarks.cluster_soak [OUT.md]
+
+Each row is a training of two small shops by up to three workers, each on a Ray node of its own, that something befalls
+at a named step: a node killed or cut off from the network, a worker killed or frozen, the dashboard killed, a node
+added, drained, `ray job stop`. It must end with the ledger and the losses of a run that nothing befell, after as many
+attempts as that takes. Prints a table, writes it to OUT.md, and ends with exit code 1 when any row failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import ray
+
+from dtrain.cli.main import main as dtrain
+from dtrain.train.runfolder import read_timeline
+from tests.conftest import make_tiny_encoder
+from tests.hosts import Hosts, why_not
+from tests.jobs import Job
+from tests.ray_nodes import arm, nodes
+from tests.ray_runs import OVERRIDES, config_of, on_cluster, same_run, unbroken_run
+from tests.train_toys import ROOT, write_shops
+
+FROZEN_S = 300  # a freeze that the soak itself makes must not look like a hung worker
+
+
+class Soak:
+    """Folders, and the run that nothing befalls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.encoder = make_tiny_encoder(folder / "encoder")
+        self.shops = write_shops(folder / "shops")
+        self.points = folder / "failpoints.json"
+        self.reference = unbroken_run(folder / "unbroken", self.shops, self.encoder)
+
+    def job(self, address: str, name: str, *overrides: str) -> Job:
+        return on_cluster(address, config_of(self.folder / name, self.shops, self.encoder), *overrides)
+
+    def end(self, job: Job, name: str, attempts: int) -> list[str]:
+        """What is wrong with the run `name` once `job` has ended."""
+        code = job.end()
+        wrong = [f"exit code {code}: {' '.join(job.lines[-5:])}"] if code else []
+        found = sum(bool(re.search(r"attempt \d+: \d+ workers", line)) for line in job.lines)
+        wrong += [f"{found} attempts, not {attempts}"] if found != attempts else []
+        try:
+            same_run(self.folder / name / "run", self.reference)
+        except AssertionError as error:
+            wrong.append(str(error).splitlines()[0])
+        if dtrain(["checkpoint", "verify", str(self.folder / name / "run")]):
+            wrong.append("a checkpoint is damaged")
+        return wrong
+
+    def signal_rank(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to rank 0, if it is still there."""
+        outcome = json.loads((self.folder / name / "run/outcome.json").read_text())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(outcome["pid"], number)
+
+
+#: What befell a run, and what is wrong with it.
+Row = tuple[str, list[str]]
+
+
+def killed(soak: Soak) -> Iterator[Row]:
+    """A node killed before the first step, in the middle, and at the end."""
+    for when, words, step in (
+        ("in the first step", "on 2 ranks", 1),
+        ("in the middle", "checkpoint of step 25", 28),
+        ("in the last step", "checkpoint of step 55", 60),
+    ):
+        with nodes(2, soak.points) as cluster:
+            arm(soak.points, (1, step, "stop"))
+            name = f"killed-{step}"
+            with soak.job(cluster.address, name, f"cluster.hang_s={FROZEN_S}") as job:
+                job.until(words)
+                cluster.kill(1)
+                yield f"node killed {when}", soak.end(job, name, 2)
+
+
+def worker(soak: Soak) -> Iterator[Row]:
+    """Workers killed and frozen, each at a step of its own."""
+    with nodes(2, soak.points) as cluster:
+        for do in ("kill", "stop"):
+            arm(soak.points, (1, 28, do))
+            name = f"worker-{do}"
+            with soak.job(cluster.address, name) as job:
+                yield f"worker: SIG{do.upper()} of rank 1 at step 28", soak.end(job, name, 2)
+
+
+def grown(soak: Soak) -> Iterator[Row]:
+    """1 node, then two more, then one less."""
+    with nodes(1, soak.points) as cluster:
+        arm(soak.points, (0, 12, "stop"), (2, 40, "stop"))
+        name = "grown"
+        more = ("cluster.workers.max=3", "cluster.grow_every_s=1", f"cluster.hang_s={FROZEN_S}")
+        with soak.job(cluster.address, name, *more) as job:
+            job.until("checkpoint of step 10")
+            cluster.add()
+            cluster.add()
+            job.until("more workers: asking")
+            soak.signal_rank(name, signal.SIGCONT)
+            job.until("checkpoint of step 35")
+            cluster.kill(2)
+            wrong = soak.end(job, name, 3)
+        sizes = [start["ranks"] for start in read_timeline(soak.folder / name / "run")]
+        yield "1 node, two added, one killed", wrong + ([] if sizes == [1, 3, 2] else [f"ranks {sizes}, not 1, 3, 2"])
+
+
+def drained(soak: Soak) -> Iterator[Row]:
+    """A node that is announced to go."""
+    with nodes(2, soak.points) as cluster:
+        arm(soak.points, (0, 28, "stop"))
+        name = "drained"
+        with soak.job(cluster.address, name, f"cluster.hang_s={FROZEN_S}") as job:
+            job.until("checkpoint of step 25")
+            ray.init(cluster.address, log_to_driver=False)
+            node = next(n for n in ray.nodes() if n["Resources"].get("CPU"))
+            ray.shutdown()
+            reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "soak"]
+            limit = ["--deadline-remaining-seconds", "120"]
+            command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node["NodeID"], *reason, *limit]
+            subprocess.run(command, check=True, capture_output=True)
+            time.sleep(10)  # for Ray to tell its workers, which it does every 5 s
+            soak.signal_rank(name, signal.SIGCONT)
+            wrong = soak.end(job, name, 2)
+        causes = [start["cause"] for start in read_timeline(soak.folder / name / "run")]
+        yield "node drained", wrong + ([] if causes[1:] == ["preemption"] else [f"causes {causes}"])
+
+
+def dashboard(soak: Soak) -> Iterator[Row]:
+    """The dashboard killed in the middle."""
+    with nodes(2, soak.points, include_dashboard=True, dashboard_port=0) as cluster:
+        arm(soak.points, (0, 28, "stop"))
+        name = "dashboard"
+        with soak.job(cluster.address, name, f"cluster.hang_s={FROZEN_S}") as job:
+            job.until("checkpoint of step 25")
+            below = psutil.Process().children(recursive=True)
+            found = [p for p in below if "dashboard/dashboard.py" in " ".join(p.cmdline())]
+            for process in found:
+                process.kill()
+            soak.signal_rank(name, signal.SIGCONT)
+            yield "dashboard killed", soak.end(job, name, 1) + ([] if found else ["there was no dashboard"])
+
+
+def cut(soak: Soak) -> Iterator[Row]:
+    """A host cut off from the network, then joined again; and `ray job stop`."""
+    if reason := why_not():
+        print(f"hosts in network namespaces: not tried, {reason}", flush=True)
+        return
+    checkout = soak.folder / "checkout"
+    checkout.mkdir()
+    for part in ("dtrain", "launch"):
+        (checkout / part).symlink_to(ROOT / part)
+    with tempfile.TemporaryDirectory(prefix="h", dir="/tmp") as folder, Hosts(3, Path(folder)) as hosts:
+        for number in (1, 2, 3):
+            hosts.start_ray(number)
+
+        def submit(name: str, *overrides: str) -> Job:
+            config = config_of(checkout / "configs" / name, soak.shops, soak.encoder, **TRAIN.get(name, {}))
+            run = f"run={soak.folder / name / 'run'}"
+            place = ["--working-dir", str(checkout), *OVERRIDES, run, "cluster.placement=spread", *overrides]
+            return hosts.job(1, [sys.executable, "-m", "dtrain.cli", "submit", str(config), *place])
+
+        with submit("stopped") as job:
+            job.until("submitted ")
+            number = job.lines[-1].split()[-1]
+            job.until("checkpoint of step 25")
+            with hosts.job(1, ["ray", "job", "stop", "--address", "http://127.0.0.1:8265", number]) as stop:
+                stop.end()
+            job.end()
+        outcome = json.loads((soak.folder / "stopped/run/outcome.json").read_text())
+        wrong = [] if outcome.get("status") == "stopped" else [f"outcome {outcome}"]
+        yield "ray job stop saves within checkpoint.grace_s", wrong
+
+        with submit("cut") as job:
+            job.until("checkpoint of step 10")
+            hosts.cut(3)
+            wrong = soak.end(job, "cut", 2)
+        yield "host cut off from the network", wrong
+
+
+TRAIN = {"stopped": {"steps": 100_000, "checkpoint_every": 25}}
+PARTS: dict[str, Callable[[Soak], Iterator[Row]]] = {
+    part.__name__: part for part in (killed, worker, grown, drained, dashboard, cut)
+}
+
+
+def run(parts: list[str], out: Path | None) -> int:
+    rows: list[tuple[str, float, list[str]]] = []
+    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:
+        soak = Soak(Path(folder))
+        for part in parts:
+            began = time.monotonic()
+            for name, wrong in PARTS[part](soak):
+                rows.append((name, time.monotonic() - began, wrong))
+                print(f"{name}: {'; '.join(wrong) or 'as it must be'} ({rows[-1][1]:.0f} s)", flush=True)
+                began = time.monotonic()
+    failed = [row for row in rows if row[2]]
+    table = ["| what befell the job | seconds | |", "|---|---|---|"]
+    table += [f"| {name} | {seconds:.0f} | {'; '.join(wrong) or 'as it must be'} |" for name, seconds, wrong in rows]
+    table.append(f"\n{len(rows)} rows, {len(failed)} failed")
+    print("\n".join(table))
+    if out is not None:
+        out.write_text("\n".join(table) + "\n", encoding="utf-8")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    asked = os.environ.get("SOAK_PARTS", ",".join(PARTS)).split(",")
+    sys.exit(run(asked, Path(sys.argv[1]) if len(sys.argv) > 1 else None))
