@@ -26,13 +26,16 @@ import psutil
 import ray
 
 from dtrain.cli.main import main as dtrain
+from dtrain.core.config import load_config
+from dtrain.core.storage import read_jsonl
+from dtrain.train.config import RunConfig
 from dtrain.train.runfolder import read_timeline
 from tests.conftest import make_tiny_encoder
 from tests.hosts import Hosts, why_not
 from tests.jobs import Job
 from tests.ray_nodes import arm, nodes
-from tests.ray_runs import OVERRIDES, config_of, on_cluster, same_run, unbroken_run
-from tests.train_toys import ROOT, write_shops
+from tests.ray_runs import OVERRIDES, config_of, ledger, on_cluster, same_run, unbroken_run
+from tests.train_toys import ROOT, losses, write_shops
 
 FROZEN_S = 300  # a freeze that the soak itself makes must not look like a hung worker
 
@@ -193,9 +196,39 @@ def cut(soak: Soak) -> Iterator[Row]:
         yield "host cut off from the network", wrong
 
 
+def readme(soak: Soak) -> Iterator[Row]:
+    """The two real platforms of `make demo`, submitted to two hosts and started by the deepspeed launcher."""
+    data, encoder = ROOT / "runs/data/demo", ROOT / load_config(RunConfig, DEMO).model.encoder.name
+    if reason := why_not() or ("" if (data / "manifest.json").is_file() else f"no {data}; run make demo first"):
+        print(f"the job of the README: not tried, {reason}", flush=True)
+        return
+    common = [f"data.path={data}", f"model.encoder.name={encoder}", f"train.steps={README_STEPS}", "stream.ledger=true"]
+    common += ["schedule.total_steps=1000", "train.valid_every=0", "train.log_every=1", "dist.threads=1"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "PORT"]
+    with Job([*launcher, "launch/train.py", str(DEMO), f"run={soak.folder}/launched", *common]) as job:
+        wrong = [f"deepspeed: {job.lines[-5:]}"] if job.end() else []
+    workers = ["cluster.workers.min=2", "cluster.workers.max=2", "cluster.placement=spread"]
+    with tempfile.TemporaryDirectory(prefix="h", dir="/tmp") as folder, Hosts(3, Path(folder)) as hosts:
+        for number in (1, 2, 3):
+            hosts.start_ray(number)
+        submit = [sys.executable, "-m", "dtrain.cli", "submit", str(DEMO), f"run={soak.folder}/submitted"]
+        with hosts.job(1, [*submit, *common, *workers]) as job:
+            wrong += [f"submitted: {job.lines[-5:]}"] if job.end() else []
+    runs = [soak.folder / name for name in ("launched", "submitted")]
+    ledgers = [ledger(run) for run in runs]
+    figures = [[line[1:] for line in losses(run)] for run in runs]
+    valid = [[line["valid"] for line in read_jsonl(run / "log.jsonl") if "valid" in line] for run in runs]
+    wrong += [] if ledgers[0].equals(ledgers[1]) else ["other samples, or another order"]
+    wrong += [] if figures[0] == figures[1] and len(figures[0]) == README_STEPS else ["other losses or gradient norms"]
+    wrong += [] if valid[0] == valid[1] and valid[0] else [f"other metrics: {valid}"]
+    yield f"the job of the README submitted to two hosts, {README_STEPS} steps", wrong
+
+
+DEMO = ROOT / "configs/train/demo.yaml"
+README_STEPS = 40
 TRAIN = {"stopped": {"steps": 100_000, "checkpoint_every": 25}}
 PARTS: dict[str, Callable[[Soak], Iterator[Row]]] = {
-    part.__name__: part for part in (killed, worker, grown, drained, dashboard, cut)
+    part.__name__: part for part in (killed, worker, grown, drained, dashboard, cut, readme)
 }
 
 
