@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,6 +160,36 @@ def dashboard(soak: Soak) -> Iterator[Row]:
             yield "dashboard killed", soak.end(job, name, 1) + ([] if found else ["there was no dashboard"])
 
 
+def metrics(soak: Soak) -> Iterator[Row]:
+    """What Prometheus would read while a run trains; then `dtrain stop`."""
+    with nodes(1, soak.points) as cluster:
+        config = config_of(soak.folder / "metrics", soak.shops, soak.encoder, steps=100_000, checkpoint_every=100)
+        with on_cluster(cluster.address, config) as job:
+            job.until("steps/s")
+            ray.init(cluster.address, log_to_driver=False)
+            ports = [node["MetricsExportPort"] for node in ray.nodes()]
+            address = ray.nodes()[0]["NodeManagerAddress"]
+            ray.shutdown()
+            deadline, missing = time.monotonic() + 60, set(METRICS)
+            while missing and time.monotonic() < deadline:
+                time.sleep(2)
+                pages = [urllib.request.urlopen(f"http://{address}:{port}/metrics").read().decode() for port in ports]
+                missing = {name for name in METRICS if not any(f"\n{name}{{" in page for page in pages)}
+            wrong = [f"not there: {sorted(missing)}"] if missing else []
+            wrong += ["dtrain stop failed"] if dtrain(["stop", str(soak.folder / "metrics/run")]) else []
+            code = job.end()
+        yield "metrics while it trains, then dtrain stop", wrong + ([f"exit code {code}, not 75"] if code != 75 else [])
+
+
+METRICS = tuple(
+    f"ray_dtrain_{name}"
+    for name in (
+        "step loss step_seconds checkpoint_seconds tokens_per_second targets_per_second padding_ratio data_wait_ratio "
+        "restarts samples_total"
+    ).split()
+)
+
+
 def cut(soak: Soak) -> Iterator[Row]:
     """A host cut off from the network, then joined again; and `ray job stop`."""
     if reason := why_not():
@@ -228,7 +259,7 @@ DEMO = ROOT / "configs/train/demo.yaml"
 README_STEPS = 40
 TRAIN = {"stopped": {"steps": 100_000, "checkpoint_every": 25}}
 PARTS: dict[str, Callable[[Soak], Iterator[Row]]] = {
-    part.__name__: part for part in (killed, worker, grown, drained, dashboard, cut, readme)
+    part.__name__: part for part in (killed, worker, grown, drained, dashboard, metrics, cut, readme)
 }
 
 
