@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -65,11 +65,7 @@ class Attempt:
 
     def ended(self, wait_s: float) -> bool:
         """Whether it has ended, after at most `wait_s` seconds."""
-        try:
-            self._fit.exception(wait_s)
-        except TimeoutError:
-            return False
-        return True
+        return bool(wait([self._fit], wait_s).done)
 
     def verdict(self) -> Verdict:
         """What follows from how it ended."""

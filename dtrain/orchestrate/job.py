@@ -10,6 +10,7 @@ WAITING --room for workers.min--> RUNNING --every rank done--> done
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import shutil
@@ -117,8 +118,8 @@ class _Job:
             verdict = self._attempt(workers, cause)
             if verdict.kind == "failed":
                 raise JobFailed(verdict.error, verdict.exit_code)
-            if verdict.kind == "done" and verdict.reason not in (GROWTH, PREEMPTION):
-                return verdict
+            if verdict.kind == "done" and (self._asked or verdict.reason not in (GROWTH, PREEMPTION)):
+                return dataclasses.replace(verdict, reason=self._asked or verdict.reason)
             cause = verdict.reason or f"lost: {verdict.error}"
             self._count(verdict)
 
