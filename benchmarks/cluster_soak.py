@@ -36,7 +36,7 @@ from tests.hosts import Hosts, why_not
 from tests.jobs import Job
 from tests.ray_nodes import arm, nodes
 from tests.ray_runs import OVERRIDES, config_of, ledger, on_cluster, same_run, unbroken_run
-from tests.train_toys import ROOT, losses, write_shops
+from tests.train_toys import ROOT, command, losses, write_shops
 
 FROZEN_S = 300  # a freeze that the soak itself makes must not look like a hung worker
 
@@ -58,7 +58,7 @@ class Soak:
         """What is wrong with the run `name` once `job` has ended."""
         code = job.end()
         wrong = [f"exit code {code}: {' '.join(job.lines[-5:])}"] if code else []
-        found = sum(bool(re.search(r"attempt \d+: \d+ workers", line)) for line in job.lines)
+        found = attempts_of(job)
         wrong += [f"{found} attempts, not {attempts}"] if found != attempts else []
         try:
             same_run(self.folder / name / "run", self.reference)
@@ -77,6 +77,33 @@ class Soak:
 
 #: What befell a run, and what is wrong with it.
 Row = tuple[str, list[str]]
+
+
+def plain(soak: Soak) -> Iterator[Row]:
+    """Nothing befalls it: bit for bit what the other launchers give. Then its evaluation, and failures of the program."""
+    with nodes(2, soak.points) as cluster:
+        with soak.job(cluster.address, "plain", "cluster.workers.min=2") as job:
+            wrong = soak.end(job, "plain", 1)
+        run = soak.folder / "plain/run"
+        wrong += [] if losses(run) == losses(soak.reference) else ["losses or gradient norms are not bit-equal"]
+        yield "nothing", wrong
+
+        code = dtrain(["evaluate", str(run)])
+        expected = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").unlink()
+        where = [f"cluster.address={cluster.address}", "cluster.workers.min=2", "cluster.workers.max=2"]
+        with Job(command("evaluate", str(run), *where)) as job:
+            wrong = [f"exit codes {code}, {ended}"] if (ended := job.end()) or code else []
+        wrong += [] if json.loads((run / "metrics.json").read_text()) == expected else ["other metrics"]
+        yield "evaluated by two workers and by one process", wrong
+
+        with soak.job(cluster.address, "failing", f"data.path={soak.folder}/nowhere") as job:
+            code, attempts = job.end(), attempts_of(job)
+        yield "a wrong data.path", [] if (code, attempts) == (3, 1) else [f"exit code {code}, {attempts} attempts"]
+
+
+def attempts_of(job: Job) -> int:
+    return sum(bool(re.search(r"attempt \d+: \d+ workers", line)) for line in job.lines)
 
 
 def killed(soak: Soak) -> Iterator[Row]:
@@ -259,7 +286,7 @@ DEMO = ROOT / "configs/train/demo.yaml"
 README_STEPS = 40
 TRAIN = {"stopped": {"steps": 100_000, "checkpoint_every": 25}}
 PARTS: dict[str, Callable[[Soak], Iterator[Row]]] = {
-    part.__name__: part for part in (killed, worker, grown, drained, dashboard, metrics, cut, readme)
+    part.__name__: part for part in (plain, killed, worker, grown, drained, dashboard, metrics, cut, readme)
 }
 
 

@@ -29,8 +29,8 @@ WORDS = (
 
 
 #: Modules that take minutes, the longest first: begun last, one of them would run alone at the end.
-LONG = (
-    "test_ray_train",
+LONG = ("test_ray", "test_faults", "test_stop", "test_elastic", "test_equivalence", "test_hosts")
+    "test_ray",
     "test_hosts",
     "test_faults",
     "test_stop",
