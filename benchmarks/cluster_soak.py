@@ -80,7 +80,7 @@ Row = tuple[str, list[str]]
 
 
 def plain(soak: Soak) -> Iterator[Row]:
-    """Nothing befalls it: bit for bit what the other launchers give. Then its evaluation, and failures of the program."""
+    """Nothing befalls it: bit for bit what other launchers give. Its evaluation; a failure of the program."""
     with nodes(2, soak.points) as cluster:
         with soak.job(cluster.address, "plain", "cluster.workers.min=2") as job:
             wrong = soak.end(job, "plain", 1)

@@ -30,14 +30,6 @@ WORDS = (
 
 #: Modules that take minutes, the longest first: begun last, one of them would run alone at the end.
 LONG = ("test_ray", "test_faults", "test_stop", "test_elastic", "test_equivalence", "test_hosts")
-    "test_ray",
-    "test_hosts",
-    "test_faults",
-    "test_stop",
-    "test_elastic",
-    "test_equivalence",
-    "test_ray_prepare",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
