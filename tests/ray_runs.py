@@ -31,7 +31,10 @@ OVERRIDES = (
 def config_of(folder: Path, shops: Path, encoder: Path, **train: Any) -> Path:
     """The config of a run of STEPS steps with a checkpoint every 5, whose folder is `folder/run`."""
     train = {"steps": STEPS, "log_every": 1, "valid_every": 0, "checkpoint_every": 5, **train}
-    return run_config(folder, shops, encoder, train=train, engine={"name": "deepspeed", "zero_stage": 1})
+    # At a higher rate the first steps, which are large, make rounding grow from 1e-7 to 1e-3.
+    return run_config(
+        folder, shops, encoder, train=train, optimizer={"lr": 1e-3}, engine={"name": "deepspeed", "zero_stage": 1}
+    )
 
 
 def unbroken_run(folder: Path, shops: Path, encoder: Path) -> Path:
@@ -61,4 +64,4 @@ def same_run(run: Path, reference: Path) -> None:
     mine, theirs = losses(run), losses(reference)
     assert [step for step, *_ in mine] == [step for step, *_ in theirs], "other steps were logged"
     for (step, loss, _), (_, expected, _) in zip(mine, theirs, strict=True):
-        assert loss == pytest.approx(expected, rel=1e-4), f"step {step}: loss {loss}, unbroken {expected}"
+        assert loss == pytest.approx(expected, rel=1e-5), f"step {step}: loss {loss}, unbroken {expected}"
