@@ -127,7 +127,7 @@ class FileCache:
                 if path.exists():  # made between our look and our lock
                     part.unlink()
                     return None
-                file.truncate(0)  # what a killed maker left
+                file.truncate(0)  # what a killed maker left; who waits for room holds none
                 self._reserve(file, size)
                 fill(file)
                 file.truncate()  # `size` may have been a bound
