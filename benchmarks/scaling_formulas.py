@@ -41,7 +41,8 @@ def model_traffic(model: Model, stage: int, width: int, size: int, *, gathers: f
     """Payload of each operation that DeepSpeed 0.19 does in a step for gradients and weights, in bytes.
 
     `width` is of an element as it is sent: 4 in fp32, 2 in bf16. `gathers` is how often ZeRO 3 fetches the large
-    weights in a step: 1 while all of them fit in its prefetch bucket (50 million elements), at most 2 beyond.
+    weights in a step: 1 while all of them fit in its prefetch bucket (50 million elements); beyond, up to twice for
+    every chunk of texts that a rank encodes one after another.
     With one rank nothing travels, though some calls are made.
     """
     gradients = width * model.trainable

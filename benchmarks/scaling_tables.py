@@ -37,7 +37,8 @@ class Assumed:
     block = 64  # samples of a contrast block
     platforms = 4  # with equal shares of a step
     lanes = 16
-    buffers = 0
+    chunks = 4  # of texts that a GPU encodes one after another: batch.accumulation * batch.text_buckets
+    buffers = 0  # bytes
 
 
 def step_of(gpus: int, hidden: int) -> Step:
@@ -77,10 +78,11 @@ def traffic() -> str:
     """MB that a GPU sends in a step, by ring algorithms: the model's by stage, and the framework's own."""
     lines = []
     for name, (model, hidden) in BERTS.items():
-        for stage in range(4):
-            gathers = 2.0 if stage == 3 else 1.0
+        cases = {f"ZeRO {stage}": (stage, 1) for stage in range(3)}
+        cases |= {"ZeRO 3, weights once": (3, 1), "ZeRO 3, most": (3, 2 * Assumed.chunks)}
+        for what, (stage, gathers) in cases.items():
             sent = [ring_bytes(model_traffic(model, stage, 2, gpus, gathers=gathers), gpus) for gpus in GPUS]
-            lines.append([name, f"ZeRO {stage}", *(f"{n / 1e6:,.0f}" for n in sent)])
+            lines.append([name, what, *(f"{n / 1e6:,.0f}" for n in sent)])
         own = [own_traffic(step_of(gpus, hidden), gpus) for gpus in GPUS]
         for what in ("vectors", "union"):
             part = [ring_bytes(_only(sent, what), gpus) for sent, gpus in zip(own, GPUS)]

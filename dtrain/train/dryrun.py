@@ -60,7 +60,9 @@ def _memory_lines(config: RunConfig, inputs: Inputs, world: World, device: torch
         frozen=about["parameters"] - about["trainable"],
         world_size=world.size,
     )
-    listed = ", ".join(f"{name} {_mib(parts[name])}" for name in ("weights", "gradients", "masters", "moments"))
+    listed = ", ".join(
+        f"{name} {_mib(parts[name])}" for name in ("weights", "gradients", "buckets", "masters", "moments")
+    )
     tokens = float(np.mean(inputs.items.length_I))
     flops = train_flops_per_token(model.encoder, tokens)  # type: ignore[arg-type]
     return [
