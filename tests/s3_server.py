@@ -11,6 +11,7 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
+from moto.moto_api._internal import moto_api_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -122,3 +123,4 @@ def s3_server(bucket: str = "runs") -> Iterator[S3Server]:
         http.shutdown()
         thread.join()
         http.server_close()
+        moto_api_backend.reset()  # else the next server of this process has what is left in this one's bucket

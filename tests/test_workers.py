@@ -87,6 +87,7 @@ def test_no_worker_outlives_the_one_who_asked(fault: signal.Signals) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for us
     )
     assert child.stdout is not None
     assert child.stderr is not None
