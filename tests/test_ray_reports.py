@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import _zip_files
 
 from dtrain.cli.main import main
 from dtrain.core.errors import CheckpointError, ConfigError, CorruptFile, LostRank, TrainError
@@ -97,3 +99,13 @@ def test_submit_refuses_a_config_that_would_stay_at_home(tmp_path: Path, capsys:
     config = run_config(tmp_path, Path("/data"), Path("/encoder"))
     assert submit(str(config), "--working-dir", str(ROOT)) == ConfigError.exit_code
     assert "is outside of" in capsys.readouterr().err
+
+
+def test_ray_job_submit_sends_code_and_configs_alone(tmp_path: Path) -> None:
+    """What `ray job submit --working-dir .` packs, by Ray's own hand."""
+    _zip_files(str(ROOT), [], str(tmp_path / "sent.zip"), include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "sent.zip") as sent:
+        names = sent.namelist()
+    assert {"dtrain/cli/main.py", "launch/ray_train.py", "configs/train/demo.yaml"} <= set(names)
+    assert {name.split("/")[0] for name in names if "/" in name} == {"dtrain", "launch", "configs"}
+    assert (tmp_path / "sent.zip").stat().st_size < 2_000_000
