@@ -29,7 +29,7 @@ WORDS = (
 
 
 #: Modules that take minutes, the longest first: begun last, one of them would run alone at the end.
-LONG = "test_ray test_faults test_stop test_train test_elastic test_equivalence test_hosts test_train_best".split()
+LONG = "test_ray test_faults test_stop test_train test_elastic test_equivalence test_hosts test_train_bad_input".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

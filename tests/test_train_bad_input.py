@@ -6,13 +6,13 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dtrain.data.manifest import Manifest
-from tests.train_toys import ROOT, call, command, environment, free_port, losses, run_config, write_shops
+from tests.gang import start
+from tests.train_toys import ROOT, call, command, environment, losses, run_config, write_shops
 
 SHORT = {"steps": 4, "valid_every": 0, "checkpoint_every": 2}
 
@@ -64,9 +64,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path, shops: Path, tiny_encoder:
 def test_a_platform_with_fewer_samples_than_ranks_trains(tmp_path: Path, tiny_encoder: Path) -> None:
     shops = write_shops(tmp_path / "few", users=3)
     config = run_config(tmp_path, shops, tiny_encoder, plan={"samples": 4}, train={**SHORT, "valid_every": 2})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port"]
-    done = call([*launcher, str(free_port()), "launch/train.py", str(config), "engine.name=deepspeed"])
-    assert done.returncode == 0, done.stderr[-3000:]
+    gang = start(config, 3, tmp_path / "log", ["engine.name=deepspeed"])
+    assert gang.wait(200) == [0, 0, 0], gang.said()[-3000:]
     assert len(losses(tmp_path / "run")) == 4
     assert "4 steps, 0 missing, 0 not as planned" in call(command("audit", str(tmp_path / "run"))).stdout
 
