@@ -25,7 +25,7 @@ test-gpu: $(STAMP)
 
 # Faults of every kind, and SOAK_KILLS kills at random moments: about a quarter of an hour.
 soak: $(STAMP)
-	PYTHONPATH=. $(BIN)/python benchmarks/soak.py runs/soak.md
+	$(BIN)/python -m benchmarks.soak runs/soak.md
 
 # A job on a Ray cluster and what befalls it. As root also hosts with a network between them.
 soak-cluster: $(STAMP)
@@ -36,7 +36,7 @@ bench-checkpoint: $(STAMP)
 
 # Needs about 3 GB below runs/bench/prepare, 8 GiB of memory for Polars, and PyPI once. QUICK=1: minutes.
 bench-prepare: $(STAMP)
-	$(BIN)/python benchmarks/prepare_speed.py
+	$(BIN)/python -m benchmarks.prepare_speed
 
 # Formulas against 1 to 4 ranks, and the plan at 10^10 samples: a quarter of an hour, QUICK=1 five minutes.
 bench-scaling: $(STAMP)
@@ -53,7 +53,7 @@ inputs: $(STAMP)
 
 # Needs about 6 GB below runs/bench/stream, and PyPI once for the libraries it compares with. QUICK=1: minutes.
 bench-stream: $(STAMP)
-	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python -m benchmarks.stream
 
 # torch first and pinned, so that no later requirement pulls another build of it in.
 $(STAMP):

@@ -1,6 +1,6 @@
 """Preparing synthetic interactions: `dtrain prepare` beside a plain Polars script, on the same files in the same run.
 
-    python benchmarks/prepare_speed.py [--folder DIR] [--rows N] [--repeats N] [--part synth|speed|report|large|all]
+    python -m benchmarks.prepare_speed [--folder DIR] [--rows N] [--repeats N] [--part synth|speed|report|large|all]
 
 Makes Polars' environment and the files where they are missing, measures in turn within each repeat, checks that all
 give the same samples, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer rows. `--part large`,
@@ -17,21 +17,22 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from environments import python_with
 
+from benchmarks.environments import python_with
 from dtrain.core.config import load_config
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
 from dtrain.data.platforms import PlatformConfig, PrepareConfig
 from dtrain.data.shards import ShardReader
 from dtrain.data.sources import find_files
+from tests.ray_nodes import nodes
 
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
 KEY = "5e" * 32
@@ -48,11 +49,13 @@ class Contender:
     options: tuple[str, ...] = ()
     polars: bool = False
     same: bool = True  # must give the same samples
+    nodes: int = 0  # of a Ray cluster of its own; 0: none
 
 
 CONTENDERS = (
     Contender(name="dtrain"),
     Contender(name="dtrain, 1 worker", options=("workers=1",)),
+    Contender(name="dtrain on 2 Ray nodes", nodes=2),
     Contender(name="polars", options=("hash",), polars=True),
     Contender(name="polars, ties by item id", options=("item",), polars=True, same=False),
 )
@@ -78,7 +81,11 @@ class Bench:
         return self.folder / contender.name.replace(", ", "-").replace(" ", "-")
 
     def run(self, contender: Contender) -> dict[str, Any]:
-        """Prepare once into a new folder; wall seconds of the process, CPU seconds and peak RSS of its tree, counts."""
+        """Prepare once into a new folder; wall seconds of the process, CPU seconds and peak RSS of all, counts."""
+        if contender.nodes:
+            with nodes(contender.nodes, self.folder / "failpoints.json") as cluster:
+                address = (*contender.options, f"cluster.address={cluster.address}")
+                return self.run(replace(contender, options=address, nodes=0))
         out = self.out(contender)
         shutil.rmtree(out, ignore_errors=True)
         if contender.polars:
@@ -101,17 +108,17 @@ class Bench:
 
 
 def measure(command: list[str]) -> tuple[dict[str, float], str]:
-    """Run a command; its measures and what it printed. RSS is summed over the processes, 20 times a second.
+    """Run a command; its measures and what it printed. RSS is summed over all processes, 20 times a second.
 
-    Memory that processes share counts once for each, so several processes look larger than they are, never smaller.
+    All are those below this one: the command's, and those of a Ray cluster where there is one. Memory that processes
+    share counts once for each, so several processes look larger than they are, never smaller.
     """
     env = os.environ | {"PYTHONPATH": str(PEER.parents[2]), "DTRAIN_USER_KEY": KEY}
     began, peak, cpu = time.perf_counter(), 0, {}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        root = psutil.Process(child.pid)
         while child.poll() is None:
             resident = 0
-            for process in [root, *children(root)]:
+            for process in psutil.Process().children(recursive=True):
                 try:
                     resident += process.memory_info().rss
                     used = process.cpu_times()
@@ -125,13 +132,6 @@ def measure(command: list[str]) -> tuple[dict[str, float], str]:
     if child.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
     return {"seconds": seconds, "cpu": sum(cpu.values()), "peak_mib": peak / 2**20}, printed
-
-
-def children(root: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(root.children(recursive=True))
-    except psutil.Error:
-        return []
 
 
 def polars_config(config: PrepareConfig, out: Path, ties: str) -> dict[str, Any]:

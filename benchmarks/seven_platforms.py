@@ -1,18 +1,27 @@
 """Prepare all seven platforms and check users, items, train rows, cold share and split fingerprint of each.
 
-    DTRAIN_DATA=... DTRAIN_INPUTS=runs/inputs python benchmarks/seven_platforms.py OUT
+    DTRAIN_DATA=... DTRAIN_INPUTS=runs/inputs python -m benchmarks.seven_platforms OUT [NODES]
 
-Exits 1, naming every difference, unless OUT/manifest.json says exactly what it must.
+Exits 1, naming every difference, unless OUT/manifest.json says exactly what it must. With NODES it then prepares them
+again on a Ray cluster of so many nodes, into OUT-on-ray, and exits 1 unless every file there has the same bytes.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
+from pathlib import Path
 
+from dtrain.cli.main import main as dtrain
 from dtrain.core.config import load_config
 from dtrain.core.errors import DtrainError
+from dtrain.core.storage import sha256_file
 from dtrain.data.platforms import PrepareConfig
 from dtrain.data.prepare import prepare
+from tests.ray_nodes import nodes
+
+DATA = "configs/data/seven.yaml"
 
 # users, items, train rows, test targets never seen in train (percent), fingerprint of the test split
 EXPECTED = {
@@ -27,11 +36,11 @@ EXPECTED = {
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        config = load_config(PrepareConfig, "configs/data/seven.yaml", [f"out={sys.argv[1]}"])
+        config = load_config(PrepareConfig, DATA, [f"out={sys.argv[1]}"])
         report = prepare(config)
     except DtrainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,7 +57,24 @@ def main() -> int:
         if found.get(name) != numbers
     ]
     print("\n".join(wrong) or "all seven as they must be")
+    if len(sys.argv) == 3:
+        wrong += on_ray(Path(sys.argv[1]), int(sys.argv[2]))
     return 1 if wrong else 0
+
+
+def on_ray(here: Path, count: int) -> list[str]:
+    """What is wrong with a preparation by `count` nodes, beside the one in the folder `here`."""
+    there = here.with_name(f"{here.name}-on-ray")
+    with tempfile.TemporaryDirectory() as folder, nodes(count, Path(folder) / "none.json") as cluster:
+        began = time.monotonic()
+        code = dtrain(["prepare", DATA, f"out={there}", f"cluster.address={cluster.address}"])
+        print(f"on {count} Ray nodes: {time.monotonic() - began:.0f} s")
+    if code:
+        return [f"dtrain prepare on Ray: exit code {code}"]
+    one, other = ({p.relative_to(f): sha256_file(p) for p in f.rglob("*") if p.is_file()} for f in (here, there))
+    wrong = [f"{path}: other bytes on Ray" for path in sorted({*one, *other}) if one.get(path) != other.get(path)]
+    print("\n".join(wrong) or f"the same bytes in all {len(one)} files")
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Everything that may befall a run, for real: `make soak`.
 
-    [SOAK_KILLS=100] [SOAK_SEED=0] [SOAK_PARTS=injected,damage,...] python benchmarks/soak.py [OUT.md]
+    [SOAK_KILLS=100] [SOAK_SEED=0] [SOAK_PARTS=injected,damage,...] python -m benchmarks.soak [OUT.md]
 
 Each row is a run of two small shops that something befell: a process killed or frozen at a named place of a step or a
 save, a full disk, a damaged file, a second start. The run is then started again, and must end with the weights, moments

@@ -1,6 +1,6 @@
 """Reading samples: dtrain against webdataset, mosaicml-streaming and litdata, on the same samples in the same run.
 
-    python benchmarks/stream.py [--folder DIR] [--samples N] [--part prepare|rate|workers|resume|report|all] [--batch B]
+    python -m benchmarks.stream [--folder DIR] [--samples N] [--part prepare|rate|workers|resume|report|all] [--batch B]
 
 Makes the peers' environments and the samples where they are missing, measures in turn, library after library within
 each repeat, and ends with the goals. Exits 1 when one is not met. QUICK=1 takes fewer samples and repeats.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environments import python_with
+from benchmarks.environments import python_with
 
 HERE = Path(__file__).parent
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
