@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class _Faulty:
 @contextlib.contextmanager
 def s3_server(bucket: str = "runs") -> Iterator[S3Server]:
     """A server on a free port of 127.0.0.1, in a thread, with an empty bucket."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line a request
     app = _Faulty()
     http = make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)
     thread = threading.Thread(target=http.serve_forever, name="s3-server", daemon=True)
