@@ -110,7 +110,7 @@ def reads(work: Path) -> dict[str, Any]:
         steps = 4096 * sum(shards.values()) // READ_PLAN["samples"]
         (work / "ranks").mkdir(exist_ok=True)
         blocks = {
-            p: [sum(len(s.blocks) for s in e.train), sum(sum(s.blocks.bytes) for s in e.train)]
+            p: [e.train.block_rows.size, sum(block.bytes for s in e.train for block in s.blocks)]
             for p, e in manifest.platforms.items()
         }
         by_size = {
@@ -129,7 +129,7 @@ def plan(work: Path) -> dict[str, Any]:
         for samples, lanes in ((far // 100, 16), (far, 16), (far, RANKS))
     }
     found["exact"] = _alone(scaling_plan.exactness, 10**7 if QUICK else 10**8, RANKS, BATCH, RANKS, 1000)
-    found["entry"] = _alone(scaling_plan.manifest_bytes)
+    found["table"] = _alone(scaling_plan.table_bytes, work)
     found["opens"] = [
         [size, lanes, _alone(scaling_plan.opens_of_virtual_ranks, 2**22, size, lanes)]
         for size, lanes in ((8, 16), (64, 16), (1024, 16), (1024, 1024))

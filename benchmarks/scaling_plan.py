@@ -5,6 +5,7 @@ Manifests here are tables of blocks without files.
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import time
@@ -14,31 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dtrain.core.world import World
-from dtrain.data.manifest import SCHEMA_VERSION, BlockTable, FileEntry, Manifest, PlatformManifest, ShardEntry
+from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
 from dtrain.data.mixture import PERIOD, Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
-from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
+from dtrain.data.schema import SHARDS
+from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES, ShardReader
+from dtrain.data.shardtable import FileEntry, ShardTable
 
-__all__ = ["exactness", "make_plan", "manifest_bytes", "opens_of_virtual_ranks", "random_access"]
+__all__ = ["exactness", "make_plan", "opens_of_virtual_ranks", "random_access", "table_bytes"]
 
 SHARES = {"large": 2458, "middle": 1229, "small": 409}  # of PERIOD
 _NO_FILE = FileEntry(path="unused", bytes=0, sha256="")
 
 
-def resident() -> int:
-    """Resident bytes of this process."""
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmRSS"))
+def resident(kind: str = "VmRSS") -> int:
+    """Resident bytes of this process; RssAnon: without what is mapped from files."""
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def make_plan(samples: Mapping[str, Sequence[int]], config: PlanConfig) -> Plan:
     """A plan over platforms with shards of these numbers of samples, each in proportion to its samples."""
-    made: dict[int, ShardEntry] = {}  # shards of equal length are one object: what is measured is the plan, not these
     platforms = {}
     for name, shards in samples.items():
-        train = tuple(made.setdefault(n, _shard(n)) for n in shards)
         platforms[name] = PlatformManifest(
             name=name,
             language="en",
@@ -58,18 +60,28 @@ def make_plan(samples: Mapping[str, Sequence[int]], config: PlanConfig) -> Plan:
             catalog=_NO_FILE,
             valid=_NO_FILE,
             test=_NO_FILE,
-            train=train,
+            shards=_NO_FILE,
+            train=_table(np.array(shards), 0),
         )
     manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=Path("nowhere"))
     sizes = {name: p.train_samples for name, p in platforms.items()}
     return Plan(manifest, Mixture.make(MixtureConfig(temperature=1), sizes), config)
 
 
-def _shard(samples: int) -> ShardEntry:
-    rows = [min(BLOCK_SAMPLES, samples - start) for start in range(0, samples, BLOCK_SAMPLES)]
-    offsets = [512 + 14_848 * i for i in range(len(rows))]
-    table = BlockTable(offset=offsets, bytes=[14_000 + i for i in range(len(rows))], rows=rows, crc32=offsets)
-    return ShardEntry(path="platform/train-00000.tar", bytes=240_000, sha256="0" * 64, samples=samples, blocks=table)
+def _table(samples_S: np.ndarray, blocks: int) -> ShardTable:
+    """Shards of these numbers of samples, with as many blocks each."""
+    first, values = pa.array(np.arange(samples_S.size + 1) * blocks, pa.int32()), np.arange(samples_S.size * blocks)
+    lists = [
+        pa.ListArray.from_arrays(first, pa.array(values % BLOCK_SAMPLES, kind.type.value_type))
+        for kind in list(SHARDS)[4:]
+    ]
+    files = [
+        pa.repeat(f"platform/{'0' * 16}/train-00000.tar", samples_S.size),
+        pa.repeat(240_000, samples_S.size),
+        pa.repeat(pa.scalar(bytes(32), pa.binary(32)), samples_S.size),
+        pa.array(samples_S),
+    ]
+    return ShardTable(pa.RecordBatch.from_arrays([*files, *lists], schema=SHARDS))
 
 
 def sizes_of(samples: int, batch: int) -> dict[str, int]:
@@ -122,19 +134,18 @@ def random_access(samples: int, ranks: int, batch: int, lanes: int, lookups: int
     return found
 
 
-def manifest_bytes(shards: int = 20_000) -> float:
-    """Resident bytes of a shard's entry in a manifest that was read from a file: its own table of blocks."""
-    before = resident()
-    kept = []
-    for number in range(shards):
-        rows = SHARD_SAMPLES // BLOCK_SAMPLES
-        columns = {name: [10**6 * number + i for i in range(rows)] for name in ("offset", "bytes", "crc32")}
-        table = BlockTable(rows=[BLOCK_SAMPLES] * rows, **columns)
-        entry = ShardEntry(
-            path=f"p/train-{number:05d}.tar", bytes=number, sha256=f"{number:064d}", samples=1, blocks=table
-        )
-        kept.append(entry)
-    return (resident() - before) / len(kept)
+def table_bytes(folder: Path, shards: int = 100_000) -> dict[str, float]:
+    """Bytes a shard of a table of shards: its file, which a node's processes share, and a reader's own."""
+    path = folder / "train.arrow"
+    entry = _table(np.full(shards, SHARD_SAMPLES), SHARD_SAMPLES // BLOCK_SAMPLES).write(path, "train.arrow")
+    plan = make_plan({"only": [1]}, PlanConfig(samples=1))
+    before = resident("RssAnon")
+    with open(path, "rb") as file:
+        table = ShardTable.map(file.fileno(), entry)
+    only = dataclasses.replace(plan.manifest.platform("only"), train=table)
+    kept = ShardReader(dataclasses.replace(plan.manifest, platforms={"only": only}), "only", cached_blocks=1)
+    own = (resident("RssAnon") - before) / len(kept.shards)
+    return {"file": entry.bytes / shards, "own": own}
 
 
 def exactness(samples: int, ranks: int, batch: int, lanes: int, epoch: int) -> dict[str, Any]:

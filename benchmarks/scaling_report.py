@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.scaling_formulas import Model, Step, block_opens, checkpoint_bytes, model_traffic, own_traffic
 from benchmarks.scaling_tables import PAGES, table
+from dtrain.data.shards import SHARD_SAMPLES
 from dtrain.engine.config import EngineConfig, OptimizerConfig
 from dtrain.engine.memory import estimate
 
@@ -203,13 +204,15 @@ def _plan_table(plan: dict[str, Any]) -> str:
             row = f"{found['samples']:,} | {key.split()[-1]} | {us(found['step_us'])} | {us(found['window_us'])}"
             lines.append(f"{row} | {found['epoch_s']:.2f} | {memory}".split(" | "))
     head = ["samples", "lanes", "a step anywhere, us", "a step of a window of 8, us", "first step of an epoch, s"]
-    exact, entry = plan["exact"], plan["entry"]
+    exact, shard = plan["exact"], plan["table"]
+    both = {kind: size * 1e10 / SHARD_SAMPLES / 1e9 for kind, size in shard.items()}
     return (
         table([*head, "memory, MB", "of two epochs, MB"], lines)
         + f"\n\nExactness: {exact['samples']:,} samples over 3 platforms and 1,024 ranks in {exact['steps']:,} steps; "
         f"seen twice or never: {exact['wrong']}; {exact['seconds']:.0f} s, {exact['bytes'] / 1e6:.0f} MB, of which "
-        f"{exact['marks'] / 1e6:.0f} MB are the marks.\n\nA manifest takes {entry:,.0f} bytes a shard in memory: "
-        f"{entry * 1e10 / 4096 / 1e9:.1f} GB for 10^10 samples, in every process."
+        f"{exact['marks'] / 1e6:.0f} MB are the marks.\n\nThe table of shards has {shard['file']:,.0f} bytes a shard, "
+        f"and a reader {shard['own']:,.0f} of its own: {both['file']:.1f} GB for 10^10 samples, mapped and shared by a "
+        f"node's processes, and {both['own']:.1f} GB for each process."
     )
 
 

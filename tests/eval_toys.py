@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.storage import sha256_file
-from dtrain.data.manifest import SCHEMA_VERSION, FileEntry, Manifest, PlatformManifest
+from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
 from dtrain.data.schema import CATALOG, EVAL, SAMPLE
 from dtrain.data.shards import write_shard
+from dtrain.data.shardtable import FileEntry, ShardTable
 from tests.conftest import WORDS
 
 #: platform -> (items, users). The last platform has items enough for a top 100 that leaves some out.
@@ -69,6 +70,7 @@ def _platform(root: Path, name: str) -> PlatformManifest:
     ]
     valid = [_eval_row(user, s[:-2], s[-2]) for user, s in zip(users, sequences)]
     test = [_eval_row(user, s[:-1], target) for user, s, target in zip(users, sequences, targets_of(name))]
+    table = ShardTable.of(shards)
     return PlatformManifest(
         name=name,
         language="en",
@@ -88,7 +90,8 @@ def _platform(root: Path, name: str) -> PlatformManifest:
         catalog=_arrow(root, f"{name}/catalog.arrow", CATALOG, catalog),
         valid=_arrow(root, f"{name}/valid.arrow", EVAL, valid),
         test=_arrow(root, f"{name}/test.arrow", EVAL, test),
-        train=tuple(shards),
+        shards=table.write(root / name / "train.arrow", f"{name}/train.arrow"),
+        train=table,
     )
 
 

@@ -9,38 +9,34 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.storage import sha256_file
-from dtrain.data.manifest import SCHEMA_VERSION, BlockTable, FileEntry, Manifest, PlatformManifest, ShardEntry
+from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
 from dtrain.data.schema import CATALOG, SAMPLE
 from dtrain.data.shards import write_shard
+from dtrain.data.shardtable import FileEntry, ShardEntry, ShardTable
 from tests.conftest import WORDS
 
 #: platform -> (items, samples of each shard)
 Shape = Mapping[str, tuple[int, Sequence[int]]]
+_UNUSED = FileEntry(path="unused", bytes=0, sha256="")
 SHAPE: Shape = {"left": (40, [17, 30, 1, 12]), "right": (12, [9, 14]), "tiny": (6, [5])}
 
 
 def bare_manifest(shape: Shape, root: Path = Path("nowhere")) -> Manifest:
     """A manifest whose files don't exist: enough for a plan."""
-    return _manifest(
-        root,
-        {
-            name: (
-                items,
-                FileEntry(path=f"{name}/catalog.arrow", bytes=0, sha256=""),
-                [
-                    ShardEntry(path=f"{name}/{i}.tar", bytes=0, sha256="", samples=n, blocks=BlockTable.of([]))
-                    for i, n in enumerate(shards)
-                ],
-            )
-            for name, (items, shards) in shape.items()
-        },
-    )
+    platforms = {}
+    for name, (items, shards) in shape.items():
+        entries = [
+            ShardEntry(path=f"{name}/{i}.tar", bytes=0, sha256="0" * 64, samples=n, blocks=())
+            for i, n in enumerate(shards)
+        ]
+        platforms[name] = _platform(name, items, _UNUSED, _UNUSED, ShardTable.of(entries))
+    return Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
 
 
 def prepared(root: Path, shape: Shape = SHAPE) -> Manifest:
     """A real folder of random windows of 2 to 9 items. Row r of shard s is of user "NAME-s-r"."""
     rng = np.random.default_rng(7)
-    entries: dict[str, tuple[int, FileEntry, Sequence[ShardEntry]]] = {}
+    platforms = {}
     for name, (items, shards) in shape.items():
         (root / name).mkdir(parents=True)
         written = []
@@ -48,8 +44,10 @@ def prepared(root: Path, shape: Shape = SHAPE) -> Manifest:
             relative = f"{name}/{number}.tar"
             users = [f"{name}-{number}-{row}" for row in range(count)]
             written.append(write_shard(root / relative, number, _samples(rng, users, items), relative=relative))
-        entries[name] = items, _catalog(root, name, items, rng), written
-    manifest = _manifest(root, entries)
+        table, relative = ShardTable.of(written), f"{name}/train.arrow"
+        catalog = _catalog(root, name, items, rng)
+        platforms[name] = _platform(name, items, catalog, table.write(root / relative, relative), table)
+    manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
     manifest.save()
     return manifest
 
@@ -80,30 +78,26 @@ def _catalog(root: Path, name: str, items: int, rng: np.random.Generator) -> Fil
     return FileEntry(path=f"{name}/catalog.arrow", bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def _manifest(root: Path, entries: Mapping[str, tuple[int, FileEntry, Sequence[ShardEntry]]]) -> Manifest:
-    unused = FileEntry(path="unused", bytes=0, sha256="")
-    platforms = {
-        name: PlatformManifest(
-            name=name,
-            language="en",
-            build="0" * 16,
-            split="leave_last_out",
-            split_fingerprint="0" * 16,
-            users=1,
-            items=items,
-            train_rows=1,
-            train_samples=sum(shard.samples for shard in shards),
-            valid_rows=0,
-            test_rows=0,
-            cold_share=0.0,
-            rows_read=0,
-            rejected={},
-            events=("view", "buy"),
-            catalog=catalog,
-            valid=unused,
-            test=unused,
-            train=tuple(shards),
-        )
-        for name, (items, catalog, shards) in entries.items()
-    }
-    return Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
+def _platform(name: str, items: int, catalog: FileEntry, shards: FileEntry, train: ShardTable) -> PlatformManifest:
+    return PlatformManifest(
+        name=name,
+        language="en",
+        build="0" * 16,
+        split="leave_last_out",
+        split_fingerprint="0" * 16,
+        users=1,
+        items=items,
+        train_rows=1,
+        train_samples=int(train.samples.sum()),
+        valid_rows=0,
+        test_rows=0,
+        cold_share=0.0,
+        rows_read=0,
+        rejected={},
+        events=("view", "buy"),
+        catalog=catalog,
+        valid=_UNUSED,
+        test=_UNUSED,
+        shards=shards,
+        train=train,
+    )

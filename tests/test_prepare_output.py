@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import subprocess
@@ -281,12 +280,18 @@ def test_out_that_can_not_be_a_folder(tmp_path: Path) -> None:
         prepare(config_of(tmp_path, {"shop": shop}, out=str(tmp_path / "file" / "out")))
 
 
-def test_a_manifest_whose_columns_of_blocks_differ_in_length_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_shards_that_is_another_one_is_refused(tmp_path: Path) -> None:
     manifest = prepare(config_of(tmp_path, {"shop": write_shop(tmp_path / "raw", random_rows(5))})).manifest
-    path = manifest.root / "manifest.json"
-    raw = json.loads(path.read_text())
+    path = manifest.root / manifest.platform("shop").shards.path
     assert Manifest.load(manifest.root) == manifest
-    raw["platforms"]["shop"]["train"][0]["blocks"]["crc32"].pop()
-    path.write_text(json.dumps(raw))
-    with pytest.raises(DataError, match="columns of blocks differ in length"):
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], b"", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptFile, match=r"train\.arrow: its size or SHA-256 is not the .*prepare again"):
+            Manifest.load(manifest.root)
+    path.unlink()
+    with pytest.raises(CorruptFile, match=r"train\.arrow: in the manifest, not on disk"):
         Manifest.load(manifest.root)
+    again = prepare(config_of(tmp_path, {"shop": write_shop(tmp_path / "raw", random_rows(5))})).manifest
+    assert again == manifest
+    assert path.read_bytes() == whole

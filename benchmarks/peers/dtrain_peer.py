@@ -12,11 +12,12 @@ from common import Batch, main
 from samples import PLATFORMS, Chunk, chunks, make, sizes
 
 from dtrain.core.world import World
-from dtrain.data.manifest import SCHEMA_VERSION, FileEntry, Manifest, PlatformManifest, ShardEntry
+from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
 from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.schema import SAMPLE
 from dtrain.data.shards import ShardReader, write_shard
+from dtrain.data.shardtable import FileEntry, ShardEntry, ShardTable
 from dtrain.data.stream import Stream, blocks_at_once
 
 _NO_FILE = FileEntry(path="unused", bytes=0, sha256="")  # catalogue, valid and test are not what is measured
@@ -41,6 +42,7 @@ def write(folder: Path, samples: int) -> int:
         relative = f"{PLATFORMS[platform].name}/train-{number:05d}.tar"
         (folder / relative).parent.mkdir(exist_ok=True)
         shards[platform].append(write_shard(folder / relative, number, _table(chunk), relative=relative))
+    tables = {PLATFORMS[platform].name: ShardTable.of(entries) for platform, entries in shards.items()}
     platforms = {
         PLATFORMS[platform].name: PlatformManifest(
             name=PLATFORMS[platform].name,
@@ -61,7 +63,10 @@ def write(folder: Path, samples: int) -> int:
             catalog=_NO_FILE,
             valid=_NO_FILE,
             test=_NO_FILE,
-            train=tuple(shards[platform]),
+            shards=tables[PLATFORMS[platform].name].write(
+                folder / PLATFORMS[platform].name / "train.arrow", f"{PLATFORMS[platform].name}/train.arrow"
+            ),
+            train=tables[PLATFORMS[platform].name],
         )
         for platform, size in enumerate(sizes(samples))
     }

@@ -19,13 +19,14 @@ from dtrain.core.storage import sha256_file
 from dtrain.data.buckets import Scatter, Tidied, tidy_bucket
 from dtrain.data.interactions import Tally, clean_interactions
 from dtrain.data.items import ItemTexts, build_items
-from dtrain.data.manifest import FileEntry, PlatformManifest
+from dtrain.data.manifest import PlatformManifest
 from dtrain.data.platforms import PlatformConfig
 from dtrain.data.progress import Progress
 from dtrain.data.pseudonym import UserKey
 from dtrain.data.samples import BucketTask, Survey, survey_bucket, write_bucket
 from dtrain.data.schema import CATALOG, EVAL
 from dtrain.data.shards import SHARD_SAMPLES
+from dtrain.data.shardtable import FileEntry, ShardTable
 from dtrain.data.sources import SourceFile
 from dtrain.data.spill import bucket_count
 from dtrain.data.splits import Cuts, find_cuts
@@ -166,7 +167,7 @@ def _write(
     relative = f"{job.name}/{job.build}"
     firsts = np.cumsum([0, *(-(-samples // SHARD_SAMPLES) for samples in totals.samples)]).tolist()
     write = functools.partial(write_bucket, catalog_rows=folder.parent / "rows.npy", folder=folder, relative=relative)
-    shards = [shard for part in job.each("writing", write, list(zip(tasks, firsts))) for shard in part]
+    shards = ShardTable.of(shard for part in job.each("writing", write, list(zip(tasks, firsts))) for shard in part)
     catalog = pa.table([*items.take(chosen), pa.array(totals.train[chosen])], schema=CATALOG)
     cold, test_rows = int(totals.test[totals.train == 0].sum()), int(totals.test.sum())
     return PlatformManifest(
@@ -188,7 +189,8 @@ def _write(
         catalog=_arrow_file(folder / "catalog.arrow", relative, CATALOG, [catalog]),
         valid=_arrow_file(folder / "valid.arrow", relative, EVAL, _tables(task.valid_rows for task in tasks)),
         test=_arrow_file(folder / "test.arrow", relative, EVAL, _tables(task.test_rows for task in tasks)),
-        train=tuple(shards),
+        shards=shards.write(folder / "train.arrow", f"{relative}/train.arrow"),
+        train=shards,
     )
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.errors import CorruptFile, DataError
-from dtrain.data.manifest import FileEntry, Manifest
+from dtrain.data.manifest import Manifest
 from dtrain.data.schema import CATALOG
+from dtrain.data.shardtable import FileEntry
 
 __all__ = ["Catalog", "map_arrow", "open_arrow"]
 

@@ -161,7 +161,7 @@ def _is_plan(plan: Plan, step: int, platform_B: np.ndarray, shard_B: np.ndarray,
 
 
 def _audit_platform(plan: Plan, name: str, shard_B: np.ndarray, row_B: np.ndarray) -> PlatformAudit:
-    rows_S = np.array([shard.samples for shard in plan.manifest.platform(name).train], np.int64)
+    rows_S = plan.manifest.platform(name).train.samples
     known_B = (shard_B >= 0) & (shard_B < rows_S.size)
     known_B &= (row_B >= 0) & (row_B < rows_S[np.where(known_B, shard_B, 0)])
     start_S = np.cumsum(rows_S) - rows_S

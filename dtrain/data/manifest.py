@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from dtrain.core.blobs import open_blobs
 from dtrain.core.config import nearest
@@ -17,77 +17,13 @@ from dtrain.core.local_blobs import LocalBlobs
 from dtrain.core.storage import write_json
 from dtrain.data.cache import CacheConfig
 from dtrain.data.files import CachedFiles, Files, LocalFiles, open_files
+from dtrain.data.shardtable import FileEntry, ShardTable
 
-__all__ = ["SCHEMA_VERSION", "BlockEntry", "BlockTable", "FileEntry", "Manifest", "PlatformManifest", "ShardEntry"]
+__all__ = ["SCHEMA_VERSION", "Manifest", "PlatformManifest"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-
-def _fields(entry: Any) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in entry.__slots__}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileEntry:
-    """A file below the prepared folder. `path` is relative to it, with forward slashes."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockEntry:
-    """One tar member of a shard: an Arrow IPC file of `rows` samples at byte `offset` of the tar."""
-
-    offset: int
-    bytes: int
-    rows: int
-    crc32: int  # of these bytes, so that a reader of one block need not read the shard to trust it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTable(Sequence[BlockEntry]):
-    """The blocks of a shard, as columns in file and memory: ten million samples have 40,000, and a resume reads them.
-
-    Raises ValueError when the columns are of different lengths.
-    """
-
-    offset: list[int]
-    bytes: list[int]
-    rows: list[int]
-    crc32: list[int]
-
-    def __post_init__(self) -> None:
-        if not len(self.offset) == len(self.bytes) == len(self.rows) == len(self.crc32):
-            raise ValueError("columns of blocks differ in length")
-
-    @classmethod
-    def of(cls, blocks: Sequence[BlockEntry]) -> BlockTable:
-        return cls(**{name: [getattr(block, name) for block in blocks] for name in BlockEntry.__slots__})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> BlockEntry: ...
-    @overload
-    def __getitem__(self, index: slice) -> BlockTable: ...
-    def __getitem__(self, index: int | slice) -> BlockEntry | BlockTable:
-        if isinstance(index, slice):
-            return BlockTable(**{name: getattr(self, name)[index] for name in BlockEntry.__slots__})
-        return BlockEntry(**{name: getattr(self, name)[index] for name in BlockEntry.__slots__})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardEntry:
-    """One training tar shard. `samples` is the sum of its blocks' rows."""
-
-    path: str
-    bytes: int
-    sha256: str
-    samples: int
-    blocks: BlockTable
+_FILES = ("catalog", "valid", "test", "shards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,28 +48,27 @@ class PlatformManifest:
     catalog: FileEntry
     valid: FileEntry
     test: FileEntry
-    train: tuple[ShardEntry, ...]
+    shards: FileEntry  # the table of the training shards
+    train: ShardTable = field(compare=False, repr=False)  # what is in it
 
-    def files(self) -> list[FileEntry | ShardEntry]:
-        return [self.catalog, self.valid, self.test, *self.train]
+    def files(self) -> Iterator[FileEntry]:
+        """Every file of it."""
+        yield from (getattr(self, name) for name in _FILES)
+        yield from map(self.train.file, range(len(self.train)))
 
-    def to_json(self, *, blocks: bool = True) -> dict[str, Any]:
-        """What `dataclasses.asdict` gives, without its deep copies; with or without the `blocks` of shards."""
-        files = {name: _fields(getattr(self, name)) for name in ("catalog", "valid", "test")}
-        train = [{**_fields(shard), "blocks": _fields(shard.blocks) if blocks else None} for shard in self.train]
-        return {**_fields(self), **files, "train": train}
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the manifest: all but the content of files."""
+        found = {name: getattr(self, name) for name in self.__slots__ if name != "train"}
+        return {**found, **{name: dataclasses.asdict(getattr(self, name)) for name in _FILES}}
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> PlatformManifest:
-        """Read what `to_json` gave. Raises KeyError, TypeError, ValueError or AttributeError."""
-        values = dict(raw)
-        for name in ("catalog", "valid", "test"):
-            values[name] = FileEntry(**values[name])
-        values["train"] = tuple(
-            ShardEntry(**{**shard, "blocks": BlockTable(**shard["blocks"])}) for shard in values["train"]
-        )
-        values["events"] = tuple(values["events"])
-        return cls(**values)
+    def from_json(cls, raw: Mapping[str, Any], files: Files) -> PlatformManifest:
+        """Read what `to_json` gave. Raises KeyError, TypeError, ValueError or AttributeError; CorruptFile or DataError
+        when the table of shards in `files` is missing or another one."""
+        values = {**raw, "events": tuple(raw["events"])}
+        values |= {name: FileEntry(**raw[name]) for name in _FILES}
+        shards = values["shards"]
+        return cls(**values, train=files.use(shards, lambda descriptor: ShardTable.map(descriptor, shards)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,12 +88,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Changes whenever any prepared byte, count or split does."""
-        return fingerprint(self.to_json(blocks=False))  # most of it; their shard's SHA-256 stands for them
+        return fingerprint(self.to_json())  # with the SHA-256 of each file, that of the table of shards among them
 
-    def to_json(self, *, blocks: bool = True) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": self.schema_version,
-            "platforms": {name: p.to_json(blocks=blocks) for name, p in self.platforms.items()},
+            "platforms": {name: platform.to_json() for name, platform in self.platforms.items()},
         }
 
     def save(self) -> None:
@@ -170,7 +105,8 @@ class Manifest:
         """Read the manifest of a prepared folder, which lies in a folder or at any URL that `open_blobs` takes.
 
         `cache`: where the files it names are kept when they are not read in place (default: `CacheConfig()`). Raises
-        DataError when the manifest is missing, torn, of another schema or can't be read, ConfigError for a bad URL.
+        DataError when the manifest is missing, torn, of another schema or can't be read, CorruptFile when a table of
+        shards that it names is not there or was changed, ConfigError for a bad URL.
         """
         blobs = open_blobs(root)
         path = f"{blobs.url}/manifest.json"
@@ -179,7 +115,8 @@ class Manifest:
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise DataError(f"{path}: schema_version {version}; this dtrain reads {SCHEMA_VERSION}. Prepare again")
-            platforms = {name: PlatformManifest.from_json(block) for name, block in raw["platforms"].items()}
+            files = open_files(blobs, cache or CacheConfig())
+            platforms = {name: PlatformManifest.from_json(block, files) for name, block in raw["platforms"].items()}
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise DataError(
                 f"{path}: no manifest, so this is no (complete) prepared folder; run `dtrain prepare`"
@@ -188,7 +125,6 @@ class Manifest:
             raise DataError(str(error)) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); prepare again") from error
-        files = open_files(blobs, cache or CacheConfig())
         return cls(
             schema_version=version,
             platforms=platforms,
@@ -215,4 +151,4 @@ class Manifest:
         In object storage sizes are not looked up, and digests are those of what lies there, not of copies in the cache.
         """
         for platform in self.platforms.values():
-            self.files.check(platform.files(), digests=digests)
+            self.files.check(list(platform.files()), digests=digests)

@@ -3,7 +3,7 @@
 Layout below `out`:
 
     manifest.json                 the commit: what is not named in it is not there for readers
-    <platform>/<build>/           catalog.arrow, train-*.tar, valid.arrow, test.arrow, build.json
+    <platform>/<build>/           catalog.arrow, train.arrow, train-*.tar, valid.arrow, test.arrow, build.json
     .work/                        everything unfinished (mode 0700); removed at the end and at the next start
     .lock                         held by the one preparation that runs
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from dtrain.core.errors import DataError
 from dtrain.core.storage import fsync_dir, read_json, write_json
+from dtrain.data.files import LocalFiles
 from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
 
 __all__ = ["OutputFolder", "open_output"]
@@ -53,7 +54,7 @@ class OutputFolder:
         """The record of a build that is already there with every byte right, else None."""
         record = self.root / name / build / "build.json"
         try:
-            found = PlatformManifest.from_json(read_json(record))
+            found = PlatformManifest.from_json(read_json(record), LocalFiles(self.root))
             if (found.name, found.build) != (name, build):
                 return None
             Manifest(schema_version=SCHEMA_VERSION, platforms={name: found}, root=self.root).verify()

@@ -220,7 +220,7 @@ class Plan:
 
     def _make_epoch(self, platform: int, epoch: int) -> _Epoch:
         entry = self._entries[platform]
-        rows_S = np.array([shard.samples for shard in entry.train], np.int64)
+        rows_S = entry.train.samples
         return _Epoch.make(rows_S, self.config, seed_of(self.config.seed, "epoch", entry.name, epoch))
 
     def _deal(self, before_SP: np.ndarray) -> _Dealt:

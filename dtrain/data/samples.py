@@ -17,9 +17,9 @@ import pyarrow as pa
 from dtrain.core.storage import whole_file
 from dtrain.data.buckets import Histories, ItemCounts, read_histories
 from dtrain.data.items import item_ids
-from dtrain.data.manifest import ShardEntry
 from dtrain.data.schema import EVAL, SAMPLE
 from dtrain.data.shards import SHARD_SAMPLES, write_shard
+from dtrain.data.shardtable import ShardEntry
 from dtrain.data.splits import Cuts, Split, Windows, cut_windows, split_histories
 
 __all__ = ["BucketTask", "Survey", "survey_bucket", "write_bucket"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-__all__ = ["CATALOG", "EVAL", "SAMPLE"]
+__all__ = ["CATALOG", "EVAL", "SAMPLE", "SHARDS"]
 
 #: `catalog.arrow`, one row an item, ordered by item id. `count` is the item's number of training rows.
 CATALOG = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("count", pa.int64())])
@@ -32,5 +32,19 @@ EVAL = pa.schema(
         ("target", pa.int32()),
         ("target_event", pa.int8()),
         ("target_time", pa.int64()),
+    ]
+)
+
+#: `train.arrow`, one row a shard, in one batch. Lists are of the shard's blocks: the tar's members, Arrow files each.
+SHARDS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.binary(32)),
+        ("samples", pa.int64()),
+        ("block_offset", pa.list_(pa.int64())),
+        ("block_bytes", pa.list_(pa.int32())),
+        ("block_rows", pa.list_(pa.int32())),
+        ("block_crc32", pa.list_(pa.uint32())),
     ]
 )

@@ -22,8 +22,9 @@ import pyarrow as pa
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file, whole_file
 from dtrain.data.gather import Gathered, RaggedPool, Slots, interleaved
-from dtrain.data.manifest import BlockEntry, BlockTable, Manifest, ShardEntry
+from dtrain.data.manifest import Manifest
 from dtrain.data.schema import SAMPLE
+from dtrain.data.shardtable import BlockEntry, ShardEntry
 
 __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
 
@@ -56,7 +57,7 @@ def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str, as
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         samples=samples.num_rows,
-        blocks=BlockTable.of(blocks),
+        blocks=tuple(blocks),
     )
 
 
@@ -80,13 +81,13 @@ class ShardReader:
         self.shards = entry.train
         self._root = manifest.root
         self._files = manifest.files
-        self._first_block = np.cumsum([0, *(len(shard.blocks) for shard in entry.train)])  # of each shard
-        rows = [count for shard in entry.train for count in shard.blocks.rows]
-        self._start_of_shard = np.cumsum([0, *(shard.samples for shard in entry.train)])
-        self._start_of_block = np.cumsum([0, *rows])
-        self._slots = Slots(min(cached_blocks, len(rows)), len(rows))
-        self._windows = RaggedPool(self._slots.count, max(rows, default=0), _POSITION)
-        self._users = RaggedPool(self._slots.count, max(rows, default=0), (np.uint8,))
+        rows = entry.train.block_rows
+        most = int(rows.max(initial=0))
+        self._start_of_shard = np.concatenate([[0], np.cumsum(entry.train.samples)])
+        self._start_of_block = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        self._slots = Slots(min(cached_blocks, rows.size), rows.size)
+        self._windows = RaggedPool(self._slots.count, most, _POSITION)
+        self._users = RaggedPool(self._slots.count, most, (np.uint8,))
         self._lock = threading.Lock()
 
     def read(self, shard: int, rows: Sequence[int] | np.ndarray) -> pa.Table:
@@ -119,7 +120,7 @@ class ShardReader:
             return interleaved([self._gather(*part) for part in parts], np.array([[half, block_B.size - half]]))[0]
         missing = self._slots.missing(block_B)
         if missing.size:
-            self._files.ready([self.shards[shard] for shard in np.unique(self._shard_of(missing)).tolist()])
+            self._files.ready([self.shards.file(shard) for shard in np.unique(self._shard_of(missing)).tolist()])
         for slot, block in zip(self._slots.room(missing.size).tolist(), missing.tolist()):
             self._unpack(slot, block)
             self._slots.fill(slot, block)
@@ -152,15 +153,14 @@ class ShardReader:
         self._users.put(slot, offset_R, [letter_T])
 
     def _shard_of(self, block: int | np.ndarray) -> np.ndarray:
-        return np.asarray(np.searchsorted(self._first_block, block, side="right") - 1)
+        return np.asarray(np.searchsorted(self.shards.first_block, block, side="right") - 1)
 
     def _open_block(self, index: int) -> pa.RecordBatch:
         shard = int(self._shard_of(index))
-        number = index - int(self._first_block[shard])
-        entry = self.shards[shard]
-        block = entry.blocks[number]
+        entry, block = self.shards.file(shard), self.shards.block(index)
 
         def read(descriptor: int) -> bytes:
+            number = index - int(self.shards.first_block[shard])
             where = f"{self._root}/{entry.path}: block {number} at byte {block.offset}"
             fix = "prepare again or restore the file"
             size = os.fstat(descriptor).st_size

@@ -132,7 +132,7 @@ def binding(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         del found["schedule.total_steps"]  # has no end, so a longer run is the same run
     for name, platform in inputs.manifest.platforms.items():
         found[f"fact.catalog.{name}"] = inputs.catalogs[name].rows_fingerprint
-        found[f"fact.data.{name}"] = fingerprint(dataclasses.asdict(platform))
+        found[f"fact.data.{name}"] = fingerprint(platform.to_json())
         found[f"fact.events.{name}"] = list(platform.events)
         found[f"fact.split.{name}"] = platform.split_fingerprint
     found["fact.tokenizer"] = inputs.fingerprints()["tokenizer"]
