@@ -59,7 +59,8 @@ class Soak:
         code = job.end()
         wrong = [f"exit code {code}: {' '.join(job.lines[-5:])}"] if code else []
         found = attempts_of(job)
-        wrong += [f"{found} attempts, not {attempts}"] if found != attempts else []
+        causes = [line.strip() for line in job.lines if re.search(r"attempt \d+ lost", line)]
+        wrong += [f"{found} attempts, not {attempts}: {' | '.join(causes)}"] if found != attempts else []
         try:
             same_run(self.folder / name / "run", self.reference)
         except AssertionError as error:

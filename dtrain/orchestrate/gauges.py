@@ -29,11 +29,13 @@ class Gauges:
         self._gauges = {key: Gauge(name, text, tag_keys=("run",)) for key, (name, text) in _SHOWN.items()}
         self._step = Gauge("dtrain_step", "Optimizer steps taken", tag_keys=("run",))
         self._samples = Counter("dtrain_samples", "Samples trained on", tag_keys=("run", "platform"))
-        Gauge("dtrain_restarts", "Starts of this job beyond the first", tag_keys=("run",)).set(attempt - 1, self._tags)
+        self._restarts = Gauge("dtrain_restarts", "Starts of this job beyond the first", tag_keys=("run",))
+        self._attempt = attempt
 
     def show(self, step: int, line: Mapping[str, Any]) -> None:
         """Take one line of log.jsonl."""
         self._step.set(step, self._tags)
+        self._restarts.set(self._attempt - 1, self._tags)  # each time: the agent forgets what is not set again
         for key, gauge in self._gauges.items():
             if line.get(key) is not None:
                 gauge.set(float(line[key]), self._tags)
