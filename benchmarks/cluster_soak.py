@@ -69,11 +69,15 @@ class Soak:
             wrong.append("a checkpoint is damaged")
         return wrong
 
-    def signal_rank(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to rank 0, if it is still there."""
-        outcome = json.loads((self.folder / name / "run/outcome.json").read_text())
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(outcome["pid"], number)
+    def frozen(self, name: str) -> psutil.Process:
+        """Rank 0, once it has frozen itself."""
+        rank = psutil.Process(json.loads((self.folder / name / "run/outcome.json").read_text())["pid"])
+        deadline = time.monotonic() + 60
+        while rank.status() != psutil.STATUS_STOPPED:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{name}: rank 0 did not freeze")
+            time.sleep(0.1)
+        return rank
 
 
 #: What befell a run, and what is wrong with it.
@@ -144,7 +148,7 @@ def grown(soak: Soak) -> Iterator[Row]:
             cluster.add()
             cluster.add()
             job.until("more workers: asking")
-            soak.signal_rank(name, signal.SIGCONT)
+            soak.frozen(name).resume()
             job.until("checkpoint of step 35")
             cluster.kill(2)
             wrong = soak.end(job, name, 3)
@@ -167,7 +171,7 @@ def drained(soak: Soak) -> Iterator[Row]:
             command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node["NodeID"], *reason, *limit]
             subprocess.run(command, check=True, capture_output=True)
             time.sleep(10)  # for Ray to tell its workers, which it does every 5 s
-            soak.signal_rank(name, signal.SIGCONT)
+            soak.frozen(name).resume()
             wrong = soak.end(job, name, 2)
         causes = [start["cause"] for start in read_timeline(soak.folder / name / "run")]
         yield "node drained", wrong + ([] if causes[1:] == ["preemption"] else [f"causes {causes}"])
@@ -180,11 +184,12 @@ def dashboard(soak: Soak) -> Iterator[Row]:
         name = "dashboard"
         with soak.job(cluster.address, name, f"cluster.hang_s={FROZEN_S}") as job:
             job.until("checkpoint of step 25")
+            rank = soak.frozen(name)
             below = psutil.Process().children(recursive=True)
             found = [p for p in below if "dashboard/dashboard.py" in " ".join(p.cmdline())]
             for process in found:
                 process.kill()
-            soak.signal_rank(name, signal.SIGCONT)
+            rank.resume()
             yield "dashboard killed", soak.end(job, name, 1) + ([] if found else ["there was no dashboard"])
 
 
