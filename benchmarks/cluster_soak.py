@@ -10,11 +10,9 @@ attempts as that takes. Prints a table, writes it to OUT.md, and ends with exit 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
