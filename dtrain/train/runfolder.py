@@ -207,8 +207,7 @@ class RunFolder:
 
     def drop_lines_after(self, step: int, validated: int) -> None:
         """Forget logged steps after `step` and validations after `validated`, which a resumed run makes again."""
-        path = self.path / "log.jsonl"
-        if self.writes and path.is_file():
+        if self.writes and (path := self.path / "log.jsonl").is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(path, "".join(line for line in lines if _is_of(line, step, validated)))
 
