@@ -279,6 +279,17 @@ def test_a_copy_has_the_files_of_a_run_alone(server: S3Server) -> None:
     assert names == {"config.yaml", "encoder/vocab.txt", "data/log.jsonl", "encoder.part/log.jsonl"}
 
 
+def test_training_says_in_one_line_that_there_is_no_such_place(
+    server: S3Server, shops: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, run="s3://no-such-bucket/run")
+    gang = start(config, 1, tmp_path / "log", env=server.env)
+    assert gang.wait(WAIT_S) == [4]
+    assert len(gang.said().splitlines()) == 1
+    assert "s3://no-such-bucket/run: list_objects_v2 failed" in gang.said()
+    assert "make the bucket or correct the URL" in gang.said()
+
+
 @pytest.mark.parametrize("command", [["evaluate"], ["audit"], ["stop"], ["checkpoint", "ls"]])
 def test_a_url_that_is_no_run_is_one_clear_line(
     server: S3Server, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
