@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _log_of(log: Path, rank: int) -> Path:
 def _run(rank: int, env: dict[str, str], log: str, arguments: list[str]) -> None:
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=env["WORLD_SIZE"])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tempfile.tempdir = None  # else TMPDIR is what the server of `tests.ranks` had
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)

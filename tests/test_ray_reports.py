@@ -85,6 +85,7 @@ def test_submit_shows_no_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     [
         (["run=runs/here", "data.path=/shared/data"], "run=runs/here: is relative"),
         (["run=/shared/a", "data.path=data"], "data.path=data: is relative"),
+        (["run=s3://key:hidden@bucket/a", "data.path=/d"], "run: its URL holds credentials"),
         (["run=/shared/a", "data.path=/d", "cluster.workers.max=0"], "need 1 <= min <= max"),
         (["run=/shared/a", "data.path=/d", "cluster.worker.max=2"], "Did you mean 'workers'?"),
         (["run=/shared/a", "data.path=/d", "--working-dir", "/"], "has no launch/ray_train.py"),
@@ -92,7 +93,9 @@ def test_submit_shows_no_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 )
 def test_submit_refuses_what_can_not_run(overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit("configs/train/demo.yaml", *overrides) == ConfigError.exit_code
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "hidden" not in said.out + said.err
 
 
 def test_submit_refuses_a_config_that_would_stay_at_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
+from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import RunFolder, is_gone, read_outcome
 from dtrain.train.stopping import Stopping, aggregate
 
@@ -59,11 +60,11 @@ def test_only_the_newest_start_says_how_a_run_ended_and_only_once(tmp_path: Path
     older.begin()
     newer.begin()
     older.outcome("failed", error="taken over")
-    assert read_outcome(tmp_path)["status"] == "running"
-    assert not is_gone(read_outcome(tmp_path))
+    assert read_outcome(RunFiles(tmp_path))["status"] == "running"
+    assert not is_gone(read_outcome(RunFiles(tmp_path)))
     newer.outcome("stopped", signal="SIGTERM")
     newer.outcome("failed", error="late")
-    assert read_outcome(tmp_path) == {"status": "stopped", "start": newer.start_id, "signal": "SIGTERM"}
+    assert read_outcome(RunFiles(tmp_path)) == {"status": "stopped", "start": newer.start_id, "signal": "SIGTERM"}
 
 
 def test_what_can_not_be_written_down_does_not_hide_how_a_run_ended(
@@ -92,13 +93,13 @@ def test_a_damaged_log_or_outcome_does_not_keep_a_run_from_going_on(
     assert folder.read_outcome() == {}
     assert str(tmp_path / "outcome.json") in caplog.text
     folder.begin()
-    assert read_outcome(tmp_path)["status"] == "running"
+    assert read_outcome(RunFiles(tmp_path))["status"] == "running"
 
 
 def test_a_process_number_that_was_given_away_is_not_the_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=True)
     folder.begin()
-    running = read_outcome(tmp_path)
+    running = read_outcome(RunFiles(tmp_path))
     assert is_gone({**running, "created": running["created"] - 60})
     assert not is_gone({**running, "created": running["created"] - 60, "host": "elsewhere"})
 

@@ -14,7 +14,7 @@ __all__ = ["CheckpointConfig"]
 class CheckpointConfig:
     """Where checkpoints go, how, which stay, and how long a run that is asked to stop may take for its last one."""
 
-    path: str = ""  # folder or s3://bucket/prefix; empty: `checkpoints` in the run folder
+    path: str = ""  # folder or s3://bucket/prefix; empty: `checkpoints` in the run folder, or below its URL
     async_: bool = False  # `checkpoint.async`: hash and write behind the training; a step pays for a copy in memory
     grace_s: float = 300.0  # seconds from a stop signal to the end; less than what the scheduler waits before SIGKILL
     timeout_s: float = 600.0  # a rank that takes so much longer than rank 0 to write its part fails the save
@@ -38,6 +38,6 @@ class CheckpointConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be above 0 seconds")
 
-    def place(self, run: str | Path) -> str | Path:
-        """Where the checkpoints of the run folder `run` are."""
-        return self.path or Path(run) / "checkpoints"
+    def place(self, run: str | Path) -> str:
+        """Where the checkpoints of the run folder `run`, which may be a URL too, are."""
+        return self.path or f"{str(run).rstrip('/')}/checkpoints"

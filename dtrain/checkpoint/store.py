@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,11 +38,22 @@ log = logging.getLogger("dtrain")
 
 
 class CheckpointStore:
-    """Saves, finds, verifies, opens and prunes checkpoints in `blobs`."""
+    """Saves, finds, verifies, opens and prunes checkpoints in `blobs`.
 
-    def __init__(self, blobs: Blobs, ballot: Ballot, config: CheckpointConfig | None = None) -> None:
+    `before_commit` is called on rank 0 when all ranks have written, for what must be there before a checkpoint is; when
+    it raises OSError or CheckpointError, the save has failed.
+    """
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        ballot: Ballot,
+        config: CheckpointConfig | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
         self.blobs, self._ballot = blobs, ballot
         self._config = config or CheckpointConfig()
+        self._before_commit = before_commit
         self._log = CommitLog(blobs)  # rank 0 alone writes with it
 
     def begin(self) -> int:
@@ -190,6 +202,8 @@ class CheckpointStore:
             record = dataclasses.replace(
                 record, files=tuple(files), ledger={"path": link.path, "sha256": link.sha256} if link else None
             )
+            if self._before_commit is not None:
+                self._before_commit()
             failpoints.reach("record")
             self._log.commit(record)
             failpoints.reach("recorded")

@@ -117,7 +117,8 @@ def to_hf(run: str, choice: str, out: str) -> int:
         raise ConfigError(f"{run}: a bare store has no tokenizer and no shape of the encoder; give the run folder")
     from dtrain.export.encoder import export_encoder
 
-    commit = export_encoder(place.run, place.blobs, Path(out), choice)
+    place.run.fetch("encoder")
+    commit = export_encoder(place.run.path, place.blobs, Path(out), choice)
     print(f"wrote the encoder of step {commit.step} ({commit.kind}) of {run} to {out}")
     return 0
 

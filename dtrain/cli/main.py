@@ -110,21 +110,21 @@ def _dispatch(argv: list[str]) -> int:
     submit.set_defaults(function=_submit)
 
     stop = commands.add_parser("stop", help="have a running training save and end, whatever started it")
-    stop.add_argument("run", help="run folder")
+    stop.add_argument("run", help="run folder or its URL")
     stop.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for it (default 600)")
     stop.set_defaults(function=_stop)
 
     evaluate = commands.add_parser("evaluate", help="rank the test split, with baselines, and write the report")
-    evaluate.add_argument("run", help=f"run folder, {overridable}")
+    evaluate.add_argument("run", help=f"run folder or its URL, {overridable}")
     evaluate.add_argument("overrides", nargs="*", default=[])
     evaluate.set_defaults(function=_evaluate)
 
     audit = commands.add_parser("audit", help="check by a run's ledger that every sample was consumed as planned")
-    audit.add_argument("run", help="run folder of a training with stream.ledger=true")
+    audit.add_argument("run", help="run folder, or its URL, of a training with stream.ledger=true")
     audit.set_defaults(function=_audit)
 
     export = commands.add_parser("export", help="write the encoder and the recommender as a folder others can open")
-    export.add_argument("run", help="run folder")
+    export.add_argument("run", help="run folder or its URL")
     export.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier export")
     export.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
     export.set_defaults(function=_export)
@@ -145,7 +145,7 @@ def _add_checkpoint(checkpoint: argparse.ArgumentParser) -> None:
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=what)
-        action.add_argument("run", help="run folder, or a store of checkpoints: a folder or s3://bucket/prefix")
+        action.add_argument("run", help="run, or a store of checkpoints; each a folder or s3://bucket/prefix")
         action.set_defaults(function=_checkpoint)
         return action
 

@@ -1,10 +1,9 @@
-"""What RUN is in `dtrain checkpoint ... RUN`: a run folder, or a store itself, which is a folder or s3://bucket/prefix."""
+"""What RUN is in `dtrain checkpoint ... RUN`: a run folder, or a store itself; each a folder or s3://bucket/prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -14,6 +13,7 @@ from dtrain.checkpoint.inspection import Inspection, inspect
 from dtrain.core.blobs import Blobs, open_blobs
 from dtrain.core.config import load_section
 from dtrain.core.errors import ConfigError
+from dtrain.train.runfiles import RunFiles
 
 __all__ = ["Place", "inspect_shown", "open_place"]
 
@@ -23,22 +23,22 @@ class Place:
     """A store of checkpoints, and the run that it belongs to where that is known."""
 
     blobs: Blobs
-    run: Path | None  # None for a bare store
+    run: RunFiles | None  # None for a bare store
     config: CheckpointConfig | None  # the run's
 
 
 def open_place(run: str) -> Place:
     """Raises ConfigError when `run` is neither."""
-    path = Path(run)
-    if "://" not in run and (path / "config.yaml").is_file():
-        config = load_section(CheckpointConfig, path / "config.yaml", "checkpoint")
-        return Place(open_blobs(config.place(path)), path, config)
-    blobs = open_blobs(run)
-    if not {"attempts", "claims", "commits"} & set(blobs.names("")):
+    files = RunFiles(run)
+    files.fetch("config.yaml")
+    if (files.path / "config.yaml").is_file():
+        config = load_section(CheckpointConfig, files.path / "config.yaml", "checkpoint")
+        return Place(open_blobs(config.place(run)), files, config)
+    if not {"attempts", "claims", "commits"} & set(files.blobs.names("")):
         raise ConfigError(
             f"{run}: neither a run folder (config.yaml is missing) nor a store of checkpoints (commits is missing)"
         )
-    return Place(blobs, None, None)
+    return Place(files.blobs, None, None)
 
 
 def inspect_shown(blobs: Blobs, commits: Sequence[Commit]) -> Inspection:

@@ -67,10 +67,12 @@ def _policy(place: Place, keep: Mapping[str, Any]) -> CheckpointConfig:
 
 
 def _check_idle(place: Place) -> None:
-    outcome = {} if place.run is None else read_outcome(place.run)
+    if place.run is None:
+        return
+    outcome = read_outcome(place.run)
     if outcome.get("status") == "running" and not is_gone(outcome):
         raise ConfigError(
-            f"{place.run}: outcome.json says that it is running, and a run removes itself what it no longer keeps; "
+            f"{place.run.url}: outcome.json says that it is running, and a run removes itself what it no longer keeps; "
             "`dtrain stop` it first, or, if it was killed on another host, give --force"
         )
 

@@ -18,6 +18,7 @@ __all__ = [
     "checked_path",
     "fsync_dir",
     "is_temporary",
+    "json_text",
     "make_folders",
     "read_json",
     "read_jsonl",
@@ -115,9 +116,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def json_text(value: Any) -> str:
+    """JSON for people too, keys in given order, NaN refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, keys in given order, NaN refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `json_text` atomically."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

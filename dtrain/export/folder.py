@@ -87,6 +87,7 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
         shelves[subject.name] = vector_ND
     facts = _facts(opened, model)
     write_json(folder / "recommender" / "recommender.json", facts)
+    opened.files.fetch("facts.json", "metrics*.json")
     metrics = read_metrics(opened.path, opened.commit.step)
     if metrics is not None:
         write_json(folder / "metrics.json", metrics)

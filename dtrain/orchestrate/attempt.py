@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -41,6 +42,9 @@ class Attempt:
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a worker stays where relative paths lead where the driver's do
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        # Ray Train wants a place for its own files: shared where it keeps checkpoints, which it does not here. Else its
+        # controller alone uses it, which it starts on this node.
+        self._scratch = tempfile.TemporaryDirectory(prefix="dtrain-ray-", ignore_cleanup_errors=True)
         trainer = TorchTrainer(
             work,
             train_loop_config={**task, "board": self._board},
@@ -53,7 +57,7 @@ class Attempt:
             ),
             run_config=RunConfig(
                 name=f"attempt-{task['attempt']}",
-                storage_path=str(task["scratch"]),
+                storage_path=self._scratch.name,
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
@@ -70,6 +74,7 @@ class Attempt:
     def verdict(self) -> Verdict:
         """What follows from how it ended."""
         error = self._fit.exception()
+        self._scratch.cleanup()
         reports = ray.get(self._board.reports.remote())
         ray.kill(self._board)
         return judge(reports, _said(error))

@@ -13,26 +13,24 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import ray
 
 from dtrain.core.cluster import ClusterConfig
-from dtrain.core.errors import ConfigError, DtrainError, Interrupted, StopOverdue, TrainError
-from dtrain.core.storage import write_text
+from dtrain.core.errors import CheckpointError, ConfigError, DtrainError, Interrupted, StopOverdue, TrainError
 from dtrain.orchestrate.attempt import Attempt, Room, bundle_of
 from dtrain.orchestrate.connection import cluster
 from dtrain.orchestrate.paths import anchored
 from dtrain.orchestrate.reports import Verdict
 from dtrain.orchestrate.worker import Work, evaluating, mark_of, training
 from dtrain.train.config import RunConfig
+from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import GROWTH, PREEMPTION, read_outcome, stop_request
 
 __all__ = ["JobFailed", "evaluate_on_cluster", "train_on_cluster"]
@@ -61,8 +59,9 @@ def train_on_cluster(config: RunConfig) -> tuple[str, str]:
     Interrupted.
     """
     config = anchored(config)
-    with cluster(config.cluster) as settled, _shared_folder(config) as token:
-        job = _Job(config=config, cluster=settled, work=training, token=token)
+    files = RunFiles(config.run)
+    with cluster(config.cluster) as settled, _marked(files) as token:
+        job = _Job(config=config, cluster=settled, work=training, files=files, token=token)
         with job.listening():
             verdict = job.run()
     return verdict.result, verdict.reason
@@ -78,21 +77,22 @@ def evaluate_on_cluster(config: RunConfig, overrides: Sequence[str]) -> str:
         "evaluate.retriever": config.evaluate.retriever,
     }
     overrides = [*overrides, *(f"{key}={path}" for key, path in paths.items() if path)]
-    with cluster(config.cluster) as settled, _shared_folder(config) as token:
-        return _Job(config=config, cluster=settled, work=evaluating, token=token, overrides=overrides).run().result
+    files = RunFiles(config.run)
+    with cluster(config.cluster) as settled, _marked(files) as token:
+        job = _Job(config=config, cluster=settled, work=evaluating, files=files, token=token, overrides=overrides)
+        return job.run().result
 
 
 @contextlib.contextmanager
-def _shared_folder(config: RunConfig) -> Iterator[str]:
+def _marked(files: RunFiles) -> Iterator[str]:
     """Put a mark into the run folder by which workers see that it is the same one; its token."""
     token = secrets.token_hex(4)
-    mark = mark_of(config.run, token)
-    write_text(mark, "")
+    files.put(mark_of(token), "")
     try:
         yield token
     finally:
-        mark.unlink(missing_ok=True)
-        shutil.rmtree(Path(config.run) / "ray", ignore_errors=True)
+        with contextlib.suppress(OSError, CheckpointError):  # how the job ended matters more
+            files.blobs.remove(mark_of(token))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +102,7 @@ class _Job:
     config: RunConfig
     cluster: ClusterConfig
     work: Work
+    files: RunFiles  # of the run
     token: str
     overrides: Sequence[str] = ()
     attempts: int = 0
@@ -157,19 +158,15 @@ class _Job:
             "attempt": self.attempts,
             "cause": cause,
             "token": self.token,
-            "scratch": Path(self.config.run) / "ray",
         }
-        before = read_outcome(Path(self.config.run)).get("start")
+        before, looked = read_outcome(self.files).get("start"), float("-inf")
         attempt = Attempt(self.cluster, workers, task, self.config.dist.timeout_s)
         growth = _Growth(self.cluster, workers if self.work is training else self.cluster.workers.max)
         try:
             while not attempt.ended(_LOOK_S):
-                outcome = read_outcome(Path(self.config.run))
-                if outcome.get("start") != before and outcome.get("status") == "running":  # rank 0 is there
-                    if self._asked:
-                        self._ask(outcome["start"], self._asked)
-                    elif growth.possible():
-                        self._ask(outcome["start"], GROWTH)
+                if time.monotonic() - looked >= self.files.pause_s:
+                    looked = time.monotonic()
+                    self._look(before, growth)
                 if time.monotonic() > self._overdue:
                     raise StopOverdue(
                         f"{self._asked}: not stopped within checkpoint.grace_s={self.config.checkpoint.grace_s:g} s; "
@@ -179,11 +176,22 @@ class _Job:
         finally:
             growth.close()
 
+    def _look(self, before: str | None, growth: _Growth) -> None:
+        """Ask the workers to stop where there is reason to. `before`: the start that was the newest before theirs."""
+        try:
+            outcome = read_outcome(self.files)
+            if outcome.get("start") != before and outcome.get("status") == "running":  # rank 0 is there
+                if self._asked:
+                    self._ask(outcome["start"], self._asked)
+                elif growth.possible():
+                    self._ask(outcome["start"], GROWTH)
+        except (OSError, CheckpointError) as error:  # of storage that is away for a while
+            log.warning("the run folder can't be read or written now: %s", error)
+
     def _ask(self, start: str, reason: str) -> None:
-        request = stop_request(Path(self.config.run), start)
-        if not request.exists():
+        if self.files.get(stop_request(start)) is None:  # else somebody else has asked, and that reason stays
             log.info("%s: asking the workers to save and stop", reason)
-            write_text(request, reason)
+            self.files.put(stop_request(start), reason)
 
     def _wait_for_room(self) -> int:
         """Wait until the cluster has room for `workers.min`, and take what more there is up to `workers.max`."""

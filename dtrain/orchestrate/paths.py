@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dtrain.core.errors import ConfigError
 from dtrain.train.config import RunConfig
@@ -12,9 +13,10 @@ __all__ = ["anchored", "check_shared"]
 
 
 def check_shared(config: RunConfig) -> None:
-    """Raise ConfigError for a relative path, which is another place on every node.
+    """Raise ConfigError for a relative path, which is another place on every node, and for credentials in a URL.
 
-    The working directory of a submitted job is a copy that each node has for itself.
+    The working directory of a submitted job is a copy that each node has for itself, and its arguments are shown to
+    everyone who may see the job.
     """
     for key, path in (
         ("run", config.run),
@@ -26,6 +28,11 @@ def check_shared(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={path}: is relative, and each node of a job has a working directory of its own. Give an "
                 "absolute path on storage that all nodes share, or a URL"
+            )
+        if "@" in urlsplit(path).netloc:
+            raise ConfigError(
+                f"{key}: its URL holds credentials, which would be in logs and run folders. Leave them out, and give "
+                "them to the cluster's nodes as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
 
 

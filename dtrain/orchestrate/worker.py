@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from dtrain.orchestrate.gauges import Gauges
 from dtrain.orchestrate.reports import Report, report_of
 from dtrain.train.config import RunConfig
 from dtrain.train.job import Start, run_job, set_threads
+from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import PREEMPTION
 from dtrain.train.score import score_run
 from dtrain.train.stopflag import StopFlag
@@ -66,17 +66,17 @@ def evaluating(task: dict[str, Any], world: World) -> tuple[str, str]:
         return score_run(config.run, comm, task["overrides"]), ""
 
 
-def mark_of(run: str, token: str) -> Path:
-    """A file in the run folder by which workers see that it is the driver's."""
-    return Path(run) / f".driver-{token}"
+def mark_of(token: str) -> str:
+    """The name of a file in the run folder by which workers see that it is the driver's."""
+    return f".driver-{token}"
 
 
 def _check_shared(task: dict[str, Any]) -> None:
     config: RunConfig = task["config"]
-    if not mark_of(config.run, task["token"]).is_file():
+    if RunFiles(config.run).get(mark_of(task["token"])) is None:
         raise ConfigError(
             f"run={config.run}: the worker on {_node()} does not see what the driver wrote there. Give a folder that "
-            "all nodes share"
+            "all nodes share, or s3://bucket/prefix"
         )
 
 

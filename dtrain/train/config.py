@@ -92,7 +92,7 @@ class TrainConfig:
 class RunConfig:
     """Everything that `launch/train.py` takes."""
 
-    run: str  # run folder
+    run: str  # run folder, or s3://bucket/prefix of one
     data: DataConfig
     model: ModelConfig
     plan: PlanConfig = field(default_factory=PlanConfig)

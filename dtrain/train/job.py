@@ -71,7 +71,7 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start
     try:
         with connect(world, timeout_s=config.dist.timeout_s) as comm:
             folder.start_id = comm.gather_json(folder.start_id)[0]
-            log.info("start %s of %s on %d ranks", folder.start_id, folder.path, world.size)
+            log.info("start %s of %s on %d ranks", folder.start_id, config.run, world.size)
             return _run(config, comm, folder, stop, start)
     except Exception as error:
         if reason := stop.stopped_at_start():
@@ -99,8 +99,9 @@ def set_threads(config: RunConfig, world: World) -> None:
 
 
 def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start: Start) -> str:
-    store = open_store(folder.path, config, comm)
+    store = open_store(config.run, config, comm, before_commit=folder.push)
     commit = _commit_to_resume(config, store)
+    folder.catch_up()
     inputs = open_inputs(config, comm)
     run = go_on(config, inputs, commit, comm.world)
     state, began_at = run.loop, run.loop.step
@@ -108,8 +109,8 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start
     engine = _engine(config, inputs, comm, store, commit)
     folder.mark_start(state.step, start.cause, comm.gather_json(start.machine))
     folder.drop_lines_after(state.step, state.validated)
-    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture), state.step)
     _keep_encoder(folder, inputs, engine)
+    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture), state.step)
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
     plan = run.eras.current.make_plan(inputs.manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.state import FragmentSource
 from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
+from dtrain.train.runfiles import RunFiles
 from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
 __all__ = [
@@ -37,11 +38,16 @@ __all__ = [
 class OpenRun:
     """A run as evaluation and export see it. `model` is whole, in fp32 and eval mode."""
 
-    path: Path
+    files: RunFiles
     config: RunConfig
     inputs: Inputs
     model: nn.Module
     commit: Commit
+
+    @property
+    def path(self) -> Path:
+        """The run folder, or a copy of it that has what was fetched into it; of the same name either way."""
+        return self.files.path
 
     @property
     def manifest(self) -> Manifest:
@@ -50,16 +56,22 @@ class OpenRun:
 
 def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The resolved config of a run folder, with overrides. Raises ConfigError when it is no run folder."""
-    path = Path(run)
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: no run folder (config.yaml is missing); give the `run` of a training")
-    return load_config(RunConfig, path / "config.yaml", overrides)
+    files = RunFiles(run)
+    files.fetch("config.yaml")
+    if not (files.path / "config.yaml").is_file():
+        raise ConfigError(f"{files.url}: no run folder (config.yaml is missing); give the `run` of a training")
+    return load_config(RunConfig, files.path / "config.yaml", overrides)
 
 
-def open_store(run: str | Path, config: RunConfig, comm: Comm) -> CheckpointStore:
-    """The checkpoints of a run folder, wherever its config puts them. Raises ConfigError for a place we can't use."""
+def open_store(
+    run: str | Path, config: RunConfig, comm: Comm, before_commit: Callable[[], None] | None = None
+) -> CheckpointStore:
+    """The checkpoints of a run folder, wherever its config puts them. Raises ConfigError for a place we can't use.
+
+    `before_commit`: see `CheckpointStore`.
+    """
     ballot = Ballot(comm.world, comm.mailbox("checkpoints"), config.checkpoint.timeout_s)
-    return CheckpointStore(open_blobs(config.checkpoint.place(run)), ballot, config.checkpoint)
+    return CheckpointStore(open_blobs(config.checkpoint.place(run)), ballot, config.checkpoint, before_commit)
 
 
 def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice: str = "best") -> OpenRun:
@@ -68,15 +80,16 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice:
     Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of,
     StateMismatch when data or tokenizer are others now.
     """
-    path = Path(run)
-    config = read_run_config(path, overrides)
-    store = open_store(path, config, comm)
+    config = read_run_config(run, overrides)
+    store = open_store(run, config, comm)
     commit = find_checkpoint(store, choice)
-    inputs = open_inputs(config, comm, tokenizer_from=path / "encoder")
+    files = RunFiles(run)
+    files.fetch("encoder")
+    inputs = open_inputs(config, comm, tokenizer_from=files.path / "encoder")
     check_fingerprints(commit.fingerprints, inputs.fingerprints())
-    model = build_module(pinned(config, path / "encoder"), inputs, pretrained=False)
+    model = build_module(pinned(config, files.path / "encoder"), inputs, pretrained=False)
     load_weights(model, store.open(commit))
-    return OpenRun(path, config, inputs, model.eval(), commit)
+    return OpenRun(files, config, inputs, model.eval(), commit)
 
 
 def find_checkpoint(store: CheckpointStore, choice: str) -> Commit:

@@ -38,8 +38,10 @@ def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str
     metrics = {**metrics, "step": step, "manifest_fingerprint": opened.manifest.fingerprint}
     name = _metrics_name(config.split, None if config.checkpoint == "best" else step)
     if comm.world.is_main:
-        write_json(Path(run) / name, metrics)
-        write_report(Path(run))
+        opened.files.fetch()  # what the report is made of
+        write_json(opened.path / name, metrics)
+        write_report(opened.path)
+        opened.files.push()
     table = render_table(metrics)
     return table if config.checkpoint == "best" else f"{table}\ncheckpoint of step {step}, written to {name}"
 

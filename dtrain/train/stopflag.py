@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrain.core.errors import Interrupted, StopOverdue, Stopped
-from dtrain.core.storage import write_text
 from dtrain.train.runfolder import GROWTH, PREEMPTION, REQUEST, RunFolder
 
 if TYPE_CHECKING:  # importing it takes seconds, in which signals should be heard already
@@ -144,20 +143,21 @@ class StopFlag:
         return self._reason or self._requested()
 
     def _requested(self) -> str:
-        if self._folder is None or not self._folder.start_id or not self._folder.stop_request.is_file():
+        reason = None if self._folder is None else self._folder.requested()
+        if reason is None:
             return ""
-        reason = self._folder.stop_request.read_text(encoding="utf-8").strip()
-        return reason if reason in _REASONS else REQUEST
+        return reason.strip() if reason.strip() in _REASONS else REQUEST
 
     def _look(self) -> None:
-        """Look for a request once a second: rank 0 to the end, the others while the run starts, since there is no
-        step yet at which they would hear of it. One `stat` a look, and a hung disk holds up this thread alone."""
+        """Look for a request once a second, more rarely in object storage: rank 0 to the end, the others while the run
+        starts, since there is no step yet at which they would hear of it. A look is one `open` or one request, and a
+        hung disk or server holds up this thread alone."""
         assert self._folder is not None
-        while not self._done.wait(_LOOK_S) and (self._folder.writes or not self._running):
-            with contextlib.suppress(OSError):  # of a shared disk that is away for a while
-                if reason := self._requested():
-                    self.ask(reason)
-                    return
+        every = max(_LOOK_S, self._folder.files.pause_s)
+        while not self._done.wait(every) and (self._folder.writes or not self._running):
+            if reason := self._requested():
+                self.ask(reason)
+                return
 
     def _listen(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
@@ -190,7 +190,7 @@ class StopFlag:
             return
         if isinstance(why, Stopped):
             # Ranks that were sent no signal learn it from here, before they see this one gone.
-            write_text(self._folder.stop_request, self._reason)
+            self._folder.request(self._reason)
             self._folder.outcome("stopped", signal=self._reason)
         elif isinstance(why, StopOverdue):
             self._folder.outcome("failed", error=f"StopOverdue: {why}", signal=self._reason)
