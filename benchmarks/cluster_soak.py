@@ -4,21 +4,24 @@
 
 Each row is a training of two small shops by up to three workers, each on a Ray node of its own, that something befalls
 at a named step: a node killed or cut off from the network, a worker killed or frozen, the dashboard killed, a node
-added, drained, `ray job stop`. It must end with the ledger and the losses of a run that nothing befell, after as many
-attempts as that takes. Prints a table, writes it to OUT.md, and ends with exit code 1 when any row failed.
+added, drained, `ray job stop`, object storage that is all they share. It must end with the ledger and the losses of a
+run that nothing befell, after as many attempts as that takes. Prints a table, writes it to OUT.md, and
+ends with exit code 1 when any row failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -28,12 +31,14 @@ from dtrain.cli.main import main as dtrain
 from dtrain.core.config import load_config
 from dtrain.core.storage import read_jsonl
 from dtrain.train.config import RunConfig
+from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import read_timeline
 from tests.conftest import make_tiny_encoder
 from tests.hosts import Hosts, why_not
 from tests.jobs import Job
 from tests.ray_nodes import arm, nodes
 from tests.ray_runs import OVERRIDES, config_of, ledger, on_cluster, same_run, unbroken_run
+from tests.s3_server import s3_server
 from tests.train_toys import ROOT, command, losses, write_shops
 
 FROZEN_S = 300  # a freeze that the soak itself makes must not look like a hung worker
@@ -59,11 +64,17 @@ class Soak:
         found = attempts_of(job)
         causes = [line.strip() for line in job.lines if re.search(r"attempt \d+ lost", line)]
         wrong += [f"{found} attempts, not {attempts}: {' | '.join(causes)}"] if found != attempts else []
+        run = self.folder / name / "run"
+        return wrong + self.differences(run, run / "checkpoints")
+
+    def differences(self, run: Path, checkpoints: str | Path) -> list[str]:
+        """What a run has other than the one that nothing befell."""
+        wrong = []
         try:
-            same_run(self.folder / name / "run", self.reference)
+            same_run(run, self.reference, checkpoints)
         except AssertionError as error:
             wrong.append(str(error).splitlines()[0])
-        if dtrain(["checkpoint", "verify", str(self.folder / name / "run")]):
+        if dtrain(["checkpoint", "verify", str(checkpoints)]):
             wrong.append("a checkpoint is damaged")
         return wrong
 
@@ -258,6 +269,37 @@ def cut(soak: Soak) -> Iterator[Row]:
         yield "host cut off from the network", wrong
 
 
+def storage(soak: Soak) -> Iterator[Row]:
+    """Driver and workers that share object storage alone. Stopped by SIGTERM to the driver, then gone on with."""
+    with s3_server() as server, environment(server.env), nodes(2, soak.points) as cluster:
+        url = f"{server.url}/shared/run"
+        with soak.job(cluster.address, "storage", f"run={url}") as job:
+            job.until("checkpoint of step 10")
+            job.process.send_signal(signal.SIGTERM)
+            code, told = job.end(), job.lines[-1]
+        wrong = [] if code == 75 and f"{url}: stopped as asked (SIGTERM)" in told else [f"exit code {code}: {told}"]
+        with soak.job(cluster.address, "storage", f"run={url}") as job:
+            wrong += [f"exit code {code}: {job.lines[-1]}"] if (code := job.end()) else []
+        files = RunFiles(url)
+        files.fetch()
+        wrong += soak.differences(files.path, f"{url}/checkpoints")
+        left = [name for name in files.blobs.names("") if name.startswith((".driver", "stop-", "ray"))]
+        wrong += [f"left behind: {left}"] if left else []
+        wrong += ["files beside the config"] if len(list((soak.folder / "storage").iterdir())) != 1 else []
+        yield "run, checkpoints and requests in object storage alone", wrong
+
+
+@contextlib.contextmanager
+def environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the length of the block, none of which was set before."""
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name in more:
+            del os.environ[name]
+
+
 def readme(soak: Soak) -> Iterator[Row]:
     """The two real platforms of `make demo`, submitted to two hosts and started by the deepspeed launcher."""
     data, encoder = ROOT / "runs/data/demo", ROOT / load_config(RunConfig, DEMO).model.encoder.name
@@ -277,7 +319,7 @@ def readme(soak: Soak) -> Iterator[Row]:
         with hosts.job(1, [*submit, *common, *workers]) as job:
             wrong += [f"submitted: {job.lines[-5:]}"] if job.end() else []
     runs = [soak.folder / name for name in ("launched", "submitted")]
-    ledgers = [ledger(run) for run in runs]
+    ledgers = [ledger(run / "checkpoints") for run in runs]
     figures = [[line[1:] for line in losses(run)] for run in runs]
     valid = [[line["valid"] for line in read_jsonl(run / "log.jsonl") if "valid" in line] for run in runs]
     wrong += [] if ledgers[0].equals(ledgers[1]) else ["other samples, or another order"]
@@ -290,7 +332,7 @@ DEMO = ROOT / "configs/train/demo.yaml"
 README_STEPS = 40
 TRAIN = {"stopped": {"steps": 100_000, "checkpoint_every": 25}}
 PARTS: dict[str, Callable[[Soak], Iterator[Row]]] = {
-    part.__name__: part for part in (plain, killed, worker, grown, drained, dashboard, metrics, cut, readme)
+    part.__name__: part for part in (plain, killed, worker, grown, drained, dashboard, metrics, storage, cut, readme)
 }
 
 

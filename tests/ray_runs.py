@@ -50,17 +50,19 @@ def on_cluster(address: str, config: Path, *overrides: str) -> Job:
     return Job([*command, *OVERRIDES, *overrides])
 
 
-def ledger(run: Path) -> pa.Table:
+def ledger(checkpoints: str | Path) -> pa.Table:
     """Which samples every step had, in order, whoever had them."""
-    return newest(run / "checkpoints")[2].drop_columns(["rank"])
+    return newest(checkpoints)[2].drop_columns(["rank"])
 
 
-def same_run(run: Path, reference: Path) -> None:
+def same_run(run: Path, reference: Path, checkpoints: str | Path | None = None) -> None:
     """Assert the same samples in the same order, each step logged once, and the same losses.
 
     But for rounding: the number of ranks decides in which order is added.
     """
-    assert ledger(run).equals(ledger(reference)), "other samples, or another order"
+    assert ledger(checkpoints or run / "checkpoints").equals(ledger(reference / "checkpoints")), (
+        "other samples, or another order"
+    )
     mine, theirs = losses(run), losses(reference)
     assert [step for step, *_ in mine] == [step for step, *_ in theirs], "other steps were logged"
     for (step, loss, _), (_, expected, _) in zip(mine, theirs, strict=True):

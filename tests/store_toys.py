@@ -90,7 +90,7 @@ def forge(root: Path, number: int, change: Callable[[dict[str, Any]], object]) -
     CommitLog(blobs).commit(Commit.from_json(raw))
 
 
-def newest(root: Path) -> tuple[Commit, dict[str, torch.Tensor], pa.Table]:
+def newest(root: Path | str) -> tuple[Commit, dict[str, torch.Tensor], pa.Table]:
     """The newest whole checkpoint of a store, all its tensors in full, and the ledger up to it."""
     store = store_in(root)
     commit = store.latest()

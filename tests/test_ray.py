@@ -17,14 +17,11 @@ from dtrain.core.errors import ConfigError, DataError
 from dtrain.data import spill
 from dtrain.data.prepare import prepare
 from dtrain.orchestrate.mapping import cluster_map
-from dtrain.train.runfiles import RunFiles
-from dtrain.train.runfolder import read_outcome, read_timeline
+from dtrain.train.runfolder import read_timeline
 from tests.prepare_toys import config_of as prepare_config_of
 from tests.prepare_toys import files_of, random_rows, write_shop
 from tests.ray_nodes import Nodes, arm, nodes
 from tests.ray_runs import config_of, on_cluster, same_run
-from tests.s3_server import S3Server
-from tests.train_toys import losses
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +30,10 @@ def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(failpoints: Path, running_server: S3Server) -> Iterator[Nodes]:
-    """Two nodes for one worker each, which may use the object storage; tests leave as many behind."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in running_server.env.items():
-            environment.setenv(name, value)
-        with nodes(2, failpoints) as found:
-            yield found
+def cluster(failpoints: Path) -> Iterator[Nodes]:
+    """Two nodes for one worker each; tests leave as many behind."""
+    with nodes(2, failpoints) as found:
+        yield found
 
 
 def thaw(run: Path) -> None:
@@ -68,35 +62,6 @@ def test_a_job_grows_and_shrinks_with_its_cluster_and_stays_the_same_run(
     assert (first["cause"], grown["cause"], shrunk["cause"][:6]) == ("", "more workers", "lost: ")
     assert 12 <= grown["step"] < shrunk["step"] == 25  # of the growth no step was taken twice
     same_run(tmp_path / "run", unbroken)
-
-
-def test_driver_and_workers_that_share_object_storage_alone(
-    tmp_path: Path, shops: Path, tiny_encoder: Path, cluster: Nodes, failpoints: Path, server: S3Server, unbroken: Path
-) -> None:
-    """The driver reads there where its run stands and asks it to stop; each process has a copy of its own."""
-    arm(failpoints)
-    url = f"{server.url}/shared/run"
-    config = config_of(tmp_path, shops, tiny_encoder)
-    with on_cluster(cluster.address, config, f"run={url}", "train.steps=1000000", "schedule.total_steps=60") as job:
-        job.until("checkpoint of step 10")
-        job.process.send_signal(signal.SIGTERM)
-        assert job.end() == 75, job.lines
-    assert f"{url}: stopped as asked (SIGTERM)" in job.lines[-1]
-    stopped = read_outcome(RunFiles(url))
-    assert stopped["status"] == "stopped"
-    with on_cluster(
-        cluster.address, config, f"run={url}", f"train.steps={stopped['step'] + 5}", "schedule.total_steps=60"
-    ) as job:
-        assert job.end() == 0, job.lines
-    files = RunFiles(url)
-    files.fetch()
-    first, second = read_timeline(files.path)
-    assert (first["ranks"], second["ranks"], second["step"]) == (2, 2, stopped["step"])
-    assert [step for step, *_ in losses(files.path)] == list(range(1, stopped["step"] + 6))
-    mine, theirs = ([loss for _, loss, _ in losses(run)[:10]] for run in (files.path, unbroken))
-    assert mine == pytest.approx(theirs, rel=1e-5)
-    assert not [name for name in files.blobs.names("") if name.startswith((".driver", "stop-", "ray"))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
 def _half(number: int) -> float:
