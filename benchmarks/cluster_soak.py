@@ -301,7 +301,7 @@ def environment(more: Mapping[str, str]) -> Iterator[None]:
 
 
 def readme(soak: Soak) -> Iterator[Row]:
-    """The two real platforms of `make demo`, submitted to two hosts and started by the deepspeed launcher."""
+    """The two real platforms of `make demo`, by `ray job submit` on two hosts and by the deepspeed launcher on one."""
     data, encoder = ROOT / "runs/data/demo", ROOT / load_config(RunConfig, DEMO).model.encoder.name
     if reason := why_not() or ("" if (data / "manifest.json").is_file() else f"no {data}; run make demo first"):
         print(f"the job of the README: not tried, {reason}", flush=True)
@@ -315,8 +315,9 @@ def readme(soak: Soak) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="h", dir="/tmp") as folder, Hosts(3, Path(folder)) as hosts:
         for number in (1, 2, 3):
             hosts.start_ray(number)
-        submit = [sys.executable, "-m", "dtrain.cli", "submit", str(DEMO), f"run={soak.folder}/submitted"]
-        with hosts.job(1, [*submit, *common, *workers]) as job:
+        submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT), "--"]
+        train = ["python", "launch/ray_train.py", str(DEMO.relative_to(ROOT)), f"run={soak.folder}/submitted"]
+        with hosts.job(1, [*submit, *train, *common, *workers]) as job:
             wrong += [f"submitted: {job.lines[-5:]}"] if job.end() else []
     runs = [soak.folder / name for name in ("launched", "submitted")]
     ledgers = [ledger(run / "checkpoints") for run in runs]
