@@ -32,7 +32,7 @@ from dtrain.core.config import load_config
 from dtrain.core.storage import read_jsonl
 from dtrain.train.config import RunConfig
 from dtrain.train.runfiles import RunFiles
-from dtrain.train.runfolder import read_timeline
+from dtrain.train.runfolder import read_outcome, read_timeline
 from tests.conftest import make_tiny_encoder
 from tests.hosts import Hosts, why_not
 from tests.jobs import Job
@@ -78,13 +78,13 @@ class Soak:
             wrong.append("a checkpoint is damaged")
         return wrong
 
-    def frozen(self, name: str) -> psutil.Process:
-        """Rank 0, once it has frozen itself."""
-        rank = psutil.Process(json.loads((self.folder / name / "run/outcome.json").read_text())["pid"])
+    def frozen(self, run: str | Path) -> psutil.Process:
+        """Rank 0 of a run, once it has frozen itself."""
+        rank = psutil.Process(read_outcome(RunFiles(run))["pid"])
         deadline = time.monotonic() + 60
         while rank.status() != psutil.STATUS_STOPPED:
             if time.monotonic() > deadline:
-                raise SystemExit(f"{name}: rank 0 did not freeze")
+                raise SystemExit(f"{run}: rank 0 did not freeze")
             time.sleep(0.1)
         return rank
 
@@ -157,7 +157,7 @@ def grown(soak: Soak) -> Iterator[Row]:
             cluster.add()
             cluster.add()
             job.until("more workers: asking")
-            soak.frozen(name).resume()
+            soak.frozen(soak.folder / name / "run").resume()
             job.until("checkpoint of step 35")
             cluster.kill(2)
             wrong = soak.end(job, name, 3)
@@ -180,7 +180,7 @@ def drained(soak: Soak) -> Iterator[Row]:
             command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node["NodeID"], *reason, *limit]
             subprocess.run(command, check=True, capture_output=True)
             time.sleep(10)  # for Ray to tell its workers, which it does every 5 s
-            soak.frozen(name).resume()
+            soak.frozen(soak.folder / name / "run").resume()
             wrong = soak.end(job, name, 2)
         causes = [start["cause"] for start in read_timeline(soak.folder / name / "run")]
         yield "node drained", wrong + ([] if causes[1:] == ["preemption"] else [f"causes {causes}"])
@@ -193,7 +193,7 @@ def dashboard(soak: Soak) -> Iterator[Row]:
         name = "dashboard"
         with soak.job(cluster.address, name, f"cluster.hang_s={FROZEN_S}") as job:
             job.until("checkpoint of step 25")
-            rank = soak.frozen(name)
+            rank = soak.frozen(soak.folder / name / "run")
             below = psutil.Process().children(recursive=True)
             found = [p for p in below if "dashboard/dashboard.py" in " ".join(p.cmdline())]
             for process in found:
@@ -273,9 +273,12 @@ def storage(soak: Soak) -> Iterator[Row]:
     """Driver and workers that share object storage alone. Stopped by SIGTERM to the driver, then gone on with."""
     with s3_server() as server, environment(server.env), nodes(2, soak.points) as cluster:
         url = f"{server.url}/shared/run"
-        with soak.job(cluster.address, "storage", f"run={url}") as job:
-            job.until("checkpoint of step 10")
+        arm(soak.points, (0, 28, "stop"))
+        with soak.job(cluster.address, "storage", f"run={url}", f"cluster.hang_s={FROZEN_S}") as job:
+            job.until("checkpoint of step 25")
             job.process.send_signal(signal.SIGTERM)
+            job.until("SIGTERM: asking")
+            soak.frozen(url).resume()
             code, told = job.end(), job.lines[-1]
         wrong = [] if code == 75 and f"{url}: stopped as asked (SIGTERM)" in told else [f"exit code {code}: {told}"]
         with soak.job(cluster.address, "storage", f"run={url}") as job:
