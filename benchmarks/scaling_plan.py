@@ -18,17 +18,17 @@ import numpy as np
 import pyarrow as pa
 
 from dtrain.core.world import World
-from dtrain.data.manifest import SCHEMA_VERSION, Manifest, PlatformManifest
+from dtrain.data.manifest import SCHEMA_VERSION, Manifest
 from dtrain.data.mixture import PERIOD, Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.schema import SHARDS
 from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES, ShardReader
-from dtrain.data.shardtable import FileEntry, ShardTable
+from dtrain.data.shardtable import ShardTable
+from tests.stream_toys import UNUSED, platform_of
 
 __all__ = ["exactness", "make_plan", "opens_of_virtual_ranks", "random_access", "table_bytes"]
 
 SHARES = {"large": 2458, "middle": 1229, "small": 409}  # of PERIOD
-_NO_FILE = FileEntry(path="unused", bytes=0, sha256="")
 
 
 def resident(kind: str = "VmRSS") -> int:
@@ -39,30 +39,10 @@ def resident(kind: str = "VmRSS") -> int:
 
 def make_plan(samples: Mapping[str, Sequence[int]], config: PlanConfig) -> Plan:
     """A plan over platforms with shards of these numbers of samples, each in proportion to its samples."""
-    platforms = {}
-    for name, shards in samples.items():
-        platforms[name] = PlatformManifest(
-            name=name,
-            language="en",
-            build="0" * 16,
-            split="leave_last_out",
-            split_fingerprint="0" * 16,
-            users=1,
-            items=100_000,
-            train_rows=1,
-            train_samples=int(sum(shards)),
-            valid_rows=0,
-            test_rows=0,
-            cold_share=0.0,
-            rows_read=0,
-            rejected={},
-            events=("view",),
-            catalog=_NO_FILE,
-            valid=_NO_FILE,
-            test=_NO_FILE,
-            shards=_NO_FILE,
-            train=_table(np.array(shards), 0),
-        )
+    platforms = {
+        name: platform_of(name, 100_000, UNUSED, UNUSED, _table(np.array(shards), 0))
+        for name, shards in samples.items()
+    }
     manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=Path("nowhere"))
     sizes = {name: p.train_samples for name, p in platforms.items()}
     return Plan(manifest, Mixture.make(MixtureConfig(temperature=1), sizes), config)

@@ -17,7 +17,7 @@ from tests.conftest import WORDS
 
 #: platform -> (items, samples of each shard)
 Shape = Mapping[str, tuple[int, Sequence[int]]]
-_UNUSED = FileEntry(path="unused", bytes=0, sha256="")
+UNUSED = FileEntry(path="unused", bytes=0, sha256="")
 SHAPE: Shape = {"left": (40, [17, 30, 1, 12]), "right": (12, [9, 14]), "tiny": (6, [5])}
 
 
@@ -29,7 +29,7 @@ def bare_manifest(shape: Shape, root: Path = Path("nowhere")) -> Manifest:
             ShardEntry(path=f"{name}/{i}.tar", bytes=0, sha256="0" * 64, samples=n, blocks=())
             for i, n in enumerate(shards)
         ]
-        platforms[name] = _platform(name, items, _UNUSED, _UNUSED, ShardTable.of(entries))
+        platforms[name] = platform_of(name, items, UNUSED, UNUSED, ShardTable.of(entries))
     return Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
 
 
@@ -46,7 +46,7 @@ def prepared(root: Path, shape: Shape = SHAPE) -> Manifest:
             written.append(write_shard(root / relative, number, _samples(rng, users, items), relative=relative))
         table, relative = ShardTable.of(written), f"{name}/train.arrow"
         catalog = _catalog(root, name, items, rng)
-        platforms[name] = _platform(name, items, catalog, table.write(root / relative, relative), table)
+        platforms[name] = platform_of(name, items, catalog, table.write(root / relative, relative), table)
     manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
     manifest.save()
     return manifest
@@ -78,7 +78,8 @@ def _catalog(root: Path, name: str, items: int, rng: np.random.Generator) -> Fil
     return FileEntry(path=f"{name}/catalog.arrow", bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def _platform(name: str, items: int, catalog: FileEntry, shards: FileEntry, train: ShardTable) -> PlatformManifest:
+def platform_of(name: str, items: int, catalog: FileEntry, shards: FileEntry, train: ShardTable) -> PlatformManifest:
+    """The record of a platform of which only these matter."""
     return PlatformManifest(
         name=name,
         language="en",
@@ -96,8 +97,8 @@ def _platform(name: str, items: int, catalog: FileEntry, shards: FileEntry, trai
         rejected={},
         events=("view", "buy"),
         catalog=catalog,
-        valid=_UNUSED,
-        test=_UNUSED,
+        valid=UNUSED,
+        test=UNUSED,
         shards=shards,
         train=train,
     )
