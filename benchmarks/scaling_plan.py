@@ -9,6 +9,7 @@ import dataclasses
 import resource
 import statistics
 import time
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +32,9 @@ __all__ = ["exactness", "make_plan", "opens_of_virtual_ranks", "random_access", 
 SHARES = {"large": 2458, "middle": 1229, "small": 409}  # of PERIOD
 
 
-def resident(kind: str = "VmRSS") -> int:
-    """Resident bytes of this process; RssAnon: without what is mapped from files."""
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(kind))
+def resident() -> int:
+    """Resident bytes of this process."""
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
@@ -119,13 +120,12 @@ def table_bytes(folder: Path, shards: int = 100_000) -> dict[str, float]:
     path = folder / "train.arrow"
     entry = _table(np.full(shards, SHARD_SAMPLES), SHARD_SAMPLES // BLOCK_SAMPLES).write(path, "train.arrow")
     plan = make_plan({"only": [1]}, PlanConfig(samples=1))
-    before = resident("RssAnon")
+    tracemalloc.start()  # numpy tells it of its arrays; what is mapped does not count
     with open(path, "rb") as file:
         table = ShardTable.map(file.fileno(), entry)
     only = dataclasses.replace(plan.manifest.platform("only"), train=table)
     kept = ShardReader(dataclasses.replace(plan.manifest, platforms={"only": only}), "only", cached_blocks=1)
-    own = (resident("RssAnon") - before) / len(kept.shards)
-    return {"file": entry.bytes / shards, "own": own}
+    return {"file": entry.bytes / shards, "own": tracemalloc.get_traced_memory()[0] / len(kept.shards)}
 
 
 def exactness(samples: int, ranks: int, batch: int, lanes: int, epoch: int) -> dict[str, Any]:
