@@ -38,7 +38,7 @@ bench-checkpoint: $(STAMP)
 bench-prepare: $(STAMP)
 	$(BIN)/python -m benchmarks.prepare_speed
 
-# Formulas against 1 to 4 ranks, and the plan at 10^10 samples: a quarter of an hour, QUICK=1 five minutes.
+# Formulas against 1 to 4 ranks, and the plan at 10^10 samples: four minutes or more, QUICK=1 fewer.
 bench-scaling: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.scaling --work runs/bench --results runs/bench/scaling.json $(if $(QUICK),,--docs docs)
