@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -178,10 +177,11 @@ def drained(soak: Soak) -> Iterator[Row]:
             reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "soak"]
             limit = ["--deadline-remaining-seconds", "120"]
             command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node["NodeID"], *reason, *limit]
-            subprocess.run(command, check=True, capture_output=True)
+            with Job(command) as drain:
+                wrong = ["ray drain-node failed"] if drain.end() else []
             time.sleep(10)  # for Ray to tell its workers, which it does every 5 s
             soak.frozen(soak.folder / name / "run").resume()
-            wrong = soak.end(job, name, 2)
+            wrong += soak.end(job, name, 2)
         causes = [start["cause"] for start in read_timeline(soak.folder / name / "run")]
         yield "node drained", wrong + ([] if causes[1:] == ["preemption"] else [f"causes {causes}"])
 
