@@ -228,6 +228,6 @@ def _bytes_in_making(path: str) -> int:
                 return os.fstat(file.fileno()).st_size
             if _is_at(file.fileno(), Path(path)):
                 os.unlink(path)
-    except FileNotFoundError:
-        pass
-    return 0
+            return 0
+    except FileNotFoundError:  # it is whole by now, or somebody else has removed it
+        return 0
