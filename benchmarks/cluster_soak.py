@@ -148,15 +148,15 @@ def worker(soak: Soak) -> Iterator[Row]:
 def grown(soak: Soak) -> Iterator[Row]:
     """1 node, then two more, then one less."""
     with nodes(1, soak.points) as cluster:
-        arm(soak.points, (0, 12, "stop"), (2, 40, "stop"))
+        arm(soak.points, (0, 12, "hold"))
         name = "grown"
         more = ("cluster.workers.max=3", "cluster.grow_every_s=1", f"cluster.hang_s={FROZEN_S}")
         with soak.job(cluster.address, name, *more) as job:
             job.until("checkpoint of step 10")
             cluster.add()
             cluster.add()
-            job.until("more workers: asking")
-            soak.frozen(soak.folder / name / "run").resume()
+            job.until("more workers: saving and stopping")
+            arm(soak.points, (2, 40, "stop"))
             job.until("checkpoint of step 35")
             cluster.kill(2)
             wrong = soak.end(job, name, 3)
@@ -273,12 +273,12 @@ def storage(soak: Soak) -> Iterator[Row]:
     """Driver and workers that share object storage alone. Stopped by SIGTERM to the driver, then gone on with."""
     with s3_server() as server, environment(server.env), nodes(2, soak.points) as cluster:
         url = f"{server.url}/shared/run"
-        arm(soak.points, (0, 28, "stop"))
+        arm(soak.points, (0, 28, "hold"))
         with soak.job(cluster.address, "storage", f"run={url}", f"cluster.hang_s={FROZEN_S}") as job:
             job.until("checkpoint of step 25")
             job.process.send_signal(signal.SIGTERM)
-            job.until("SIGTERM: asking")
-            soak.frozen(url).resume()
+            job.until("SIGTERM: saving and stopping")
+            arm(soak.points)
             code, told = job.end(), job.lines[-1]
         wrong = [] if code == 75 and f"{url}: stopped as asked (SIGTERM)" in told else [f"exit code {code}: {told}"]
         with soak.job(cluster.address, "storage", f"run={url}") as job:

@@ -100,8 +100,10 @@ def nodes(count: int, failpoints: Path, **head: Any) -> Iterator[Nodes]:
 
 
 def arm(failpoints: Path, *points: tuple[int, int, str]) -> None:
-    """From now on rank, step -> "stop" (at the start of that step) or "kill"; see `dtrain.core.failpoints`."""
+    """From now on rank, step -> "stop" (at the start of that step), "hold" or "kill"; see `dtrain.core.failpoints`."""
     for mark in failpoints.parent.glob(f"{failpoints.name}.fired.*"):
         mark.unlink()
     listed = [{"rank": rank, "step": step, "phase": "step", "do": do} for rank, step, do in points]
-    failpoints.write_text(json.dumps(listed), encoding="utf-8")
+    new = failpoints.with_suffix(".new")  # a worker may be reading
+    new.write_text(json.dumps(listed), encoding="utf-8")
+    new.replace(failpoints)
