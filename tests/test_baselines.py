@@ -11,9 +11,10 @@ import torch
 
 from dtrain.core.comm import Comm
 from dtrain.core.world import World
+from dtrain.data import pairs
 from dtrain.data.evalset import EvalSet
-from dtrain.train import baselines
-from dtrain.train.baselines import count_transitions, popularity, transitions, untuned_encoder, zero_shot
+from dtrain.train.baselines import count_transitions, popularity, untuned_encoder, zero_shot
+from dtrain.train.ranking import history_scorer
 from tests.eval_toys import PLATFORMS, prepared, train_counts, user_sequences
 
 ALONE = Comm(World(), torch.device("cpu"))
@@ -32,9 +33,8 @@ def dense_transitions(platform: str) -> np.ndarray:
 
 
 def as_dense(table: Any) -> np.ndarray:
-    items = len(table.offset) - 1
-    dense = np.zeros((items, items))
-    dense[np.repeat(np.arange(items), np.diff(table.offset)), table.item] = table.weight
+    dense = np.zeros((table.items, table.items))
+    dense[np.repeat(np.arange(table.items), np.diff(table.offset_N)), table.item_E] = table.weight_E
     return dense
 
 
@@ -47,11 +47,11 @@ def test_transitions_count_every_pair_once_though_windows_overlap(tmp_path: Path
 def test_transitions_add_up_when_pairs_are_summed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = prepared(tmp_path)
     whole = count_transitions(manifest, "left", train_counts("left"), ALONE)
-    monkeypatch.setattr(baselines, "_ROWS", 3)
-    monkeypatch.setattr(baselines, "_PENDING", 10)
+    monkeypatch.setattr(pairs, "_ROWS", 3)
+    monkeypatch.setattr(pairs, "_PENDING", 10)
     pieces = count_transitions(manifest, "left", train_counts("left"), ALONE)
-    assert whole.weight.tolist() == pieces.weight.tolist()
-    assert whole.item.tolist() == pieces.item.tolist()
+    assert whole.weight_E.tolist() == pieces.weight_E.tolist()
+    assert whole.item_E.tolist() == pieces.item_E.tolist()
 
 
 def test_transition_scores_ask_the_last_ten_items(tmp_path: Path) -> None:
@@ -63,11 +63,11 @@ def test_transition_scores_ask_the_last_ten_items(tmp_path: Path) -> None:
     for sequence in user_sequences("left"):
         last = sequence[:-1][-10:][::-1]
         expected.append(sum(dense[item] / (1 + age) for age, item in enumerate(last)))
-    scores = transitions(table, users.histories)
+    scores = history_scorer(table, users.histories)
     whole = scores(slice(0, len(users))).numpy()
     np.testing.assert_allclose(whole, expected, rtol=1e-12)
     np.testing.assert_array_equal(scores(slice(4, 9)).numpy(), whole[4:9])
-    np.testing.assert_array_equal(transitions(table, users.histories[4:9])(slice(1, 3)).numpy(), whole[5:7])
+    np.testing.assert_array_equal(history_scorer(table, users.histories[4:9])(slice(1, 3)).numpy(), whole[5:7])
 
 
 def test_popularity_scores_are_training_rows() -> None:

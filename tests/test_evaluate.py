@@ -166,24 +166,13 @@ def test_the_table_names_platforms_baselines_and_splits(case: Case) -> None:
 
 def test_validation_gives_the_models_numbers_alone(case: Case) -> None:
     platforms = subjects(case.manifest, "test")
-    found = validate(case.model, platforms, case.caches, ALONE, batch_tokens=200)
+    text_NH = encode_catalog(case.model.encode_texts, case.items.tokens, ALONE, batch_tokens=200)
+    found = validate(case.model, platforms, text_NH, ALONE)
     ranks = model_ranks(case)
     assert list(found) == ["left", "right"]
     assert found["right"] == pytest.approx(summary(ranks["right"]))
-    some = validate(case.model, platforms, case.caches, ALONE, batch_tokens=200, max_users=7)
+    some = validate(case.model, platforms, text_NH, ALONE, max_users=7)
     assert some["left"] == pytest.approx(summary(ranks["left"][:7]))
-
-
-def test_validation_takes_text_vectors_that_are_known(case: Case) -> None:
-    class Unread:
-        def __len__(self) -> int:
-            raise AssertionError("the texts were read")
-
-    platforms = subjects(case.manifest, "test")
-    text_NH = encode_catalog(case.model.encode_texts, case.items.tokens, ALONE, batch_tokens=200)
-    caches: Any = dict.fromkeys(PLATFORMS, Unread())
-    found = validate(case.model, platforms, caches, ALONE, batch_tokens=200, text_NH=text_NH)
-    assert found == validate(case.model, platforms, case.caches, ALONE, batch_tokens=200)
 
 
 def test_texts_are_encoded_once_in_bounded_batches(case: Case) -> None:
@@ -225,7 +214,7 @@ def test_a_config_that_cannot_be_is_refused(key: str, value: Any) -> None:
 
 def transition_weights(case: Case, comm: Comm) -> list[list[float]]:
     tables = [count_transitions(case.manifest, name, train_counts(name), comm) for name in PLATFORMS]
-    return [table.weight.tolist() for table in tables]
+    return [table.weight_E.tolist() for table in tables]
 
 
 def _on_ranks(comm: Comm, root: str, encoder: str) -> dict[str, Any]:

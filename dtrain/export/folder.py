@@ -5,6 +5,7 @@ modules.json, 1_Pooling/, sentence_bert_config.json   how SentenceTransformer po
 README.md, metrics.json                            the model card and the run's evaluation
 recommender/recommender.json, model.safetensors    the rest of the model and its config
 recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vector, bias
+recommender/neighbours/PLATFORM.arrow              item-to-item weights, if the model goes with them
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dtrain.core.comm import connect
 from dtrain.core.errors import ExportError
 from dtrain.core.storage import read_json, write_json, write_text
 from dtrain.core.world import World
+from dtrain.data.neighbours import write_neighbours
 from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
 from dtrain.export.target import export_folder
@@ -74,7 +76,7 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
     }
     save_file(weights, folder / "recommender" / "model.safetensors")
     shelves: dict[str, Tensor] = {}
-    for subject in subjects(opened.manifest, "test"):
+    for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
         vector_ND, bias_N = item_vectors(
             model,
             text_NH[subject.rows],
@@ -85,6 +87,10 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
         )
         _write_items(folder / "recommender" / "items" / f"{subject.name}.arrow", subject, vector_ND, bias_N)
         shelves[subject.name] = vector_ND
+        if subject.neighbours is not None:
+            (folder / "recommender" / "neighbours").mkdir(exist_ok=True)
+            with (folder / "recommender" / "neighbours" / f"{subject.name}.arrow").open("wb") as file:
+                write_neighbours(file, subject.neighbours)
     facts = _facts(opened, model)
     write_json(folder / "recommender" / "recommender.json", facts)
     opened.files.fetch("facts.json", "metrics*.json")

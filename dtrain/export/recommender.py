@@ -21,14 +21,18 @@ from transformers import AutoTokenizer
 from dtrain.core.config import nearest
 from dtrain.core.errors import DataError
 from dtrain.core.storage import read_json
+from dtrain.data.evalset import Ragged
+from dtrain.data.neighbours import ItemToItem, NeighbourConfig, read_neighbours
 from dtrain.model.build import build_model
 from dtrain.model.config import AdapterConfig, EncoderConfig, FreezeConfig, ModelConfig, ObjectiveConfig, UserConfig
+from dtrain.model.neighbours import blend
 from dtrain.model.recommender import Recommender
+from dtrain.train.ranking import history_scorer
 
 __all__ = ["FORMAT", "Item", "LoadedRecommender", "load", "model_config"]
 
 #: Version of the folder's layout.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class _Shelf:
     texts: Sequence[Any]
     vector_ND: Tensor
     bias_N: Tensor
+    neighbours: ItemToItem | None
 
 
 class LoadedRecommender:
@@ -118,6 +123,9 @@ class LoadedRecommender:
             torch.tensor([shelf.index]),
         )[0]
         score_N = shelf.vector_ND @ user_D / self._model.current_temperature() + shelf.bias_N
+        if (weight := self._model.neighbour_weight(shelf.index)) and shelf.neighbours is not None:
+            lists = Ragged(np.asarray(rows), np.array([0, len(rows)]))
+            blend(score_N[None], history_scorer(shelf.neighbours, lists)(slice(0, 1)), weight)
         allowed = len(shelf.items)
         if exclude_seen:
             score_N[torch.tensor(rows)] = -torch.inf
@@ -184,7 +192,8 @@ def load(path: str | Path) -> LoadedRecommender:
     if missing or unexpected:
         raise DataError(f"{root}: weights {[*missing, *unexpected][:3]} don't fit its config; export the run again")
     model.eval()
-    shelves = {name: _open_shelf(root, name, i, platforms[name]) for i, name in enumerate(platforms)}
+    near = NeighbourConfig(**facts["model"]["neighbours"])
+    shelves = {name: _open_shelf(root, name, i, platforms[name], near) for i, name in enumerate(platforms)}
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     return LoadedRecommender(model, tokenizer, shelves, facts["text_tokens"])
 
@@ -198,12 +207,13 @@ def model_config(saved: dict[str, Any], encoder: Path) -> ModelConfig:
             "user": UserConfig(**saved["user"]),
             "adapter": AdapterConfig(**saved["adapter"]),
             "freeze": FreezeConfig(**saved["freeze"]),
+            "neighbours": NeighbourConfig(**saved["neighbours"]),
         }
     )
     return dataclasses.replace(config, memory=False)
 
 
-def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any]) -> _Shelf:
+def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], near: NeighbourConfig) -> _Shelf:
     path = root / "recommender" / "items" / f"{name}.arrow"
     try:
         with pa.memory_map(str(path)) as mapped:
@@ -215,4 +225,13 @@ def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any]) -> _Sh
     vector_ND = torch.from_numpy(vectors.flatten().to_numpy().reshape(len(items), -1).copy())
     bias_N = torch.from_numpy(table.column("bias").to_numpy().copy())
     rows = {item: row for row, item in enumerate(items)}
-    return _Shelf(index, list(facts["events"]), rows, items, table.column("text"), vector_ND, bias_N)
+    neighbours = _open_neighbours(root / "recommender" / "neighbours" / f"{name}.arrow", near) if near.enabled else None
+    return _Shelf(index, list(facts["events"]), rows, items, table.column("text"), vector_ND, bias_N, neighbours)
+
+
+def _open_neighbours(path: Path, config: NeighbourConfig) -> ItemToItem:
+    try:
+        with path.open("rb") as file:
+            return read_neighbours(file.fileno(), config)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable ({error}); export the run again") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
+from dtrain.data.neighbours import NeighbourConfig
 
 __all__ = ["AdapterConfig", "EncoderConfig", "FreezeConfig", "ModelConfig", "ObjectiveConfig", "UserConfig"]
 
@@ -93,6 +94,7 @@ class ModelConfig:
     user: UserConfig = field(default_factory=UserConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    neighbours: NeighbourConfig = field(default_factory=NeighbourConfig)
 
     def __post_init__(self) -> None:
         _at_least("dim", self.dim, 1)

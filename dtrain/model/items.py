@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dtrain.model.config import ModelConfig
 from dtrain.model.layers import Linear, PlatformAdapters, unit
 
-__all__ = ["ItemTower", "Memory", "Standardize"]
+__all__ = ["Exact", "ItemTower", "Memory", "Standardize"]
 
 
 class ItemTower(nn.Module):
@@ -57,17 +57,17 @@ class ItemTower(nn.Module):
         return vector_ND, self.bias(row_N)[:, 0].float() * known_N
 
 
-class _Exact(nn.Module):
+class Exact(nn.Module):
     """A module of fp32 buffers that a cast of the model to 16 bits leaves as they are."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Exact:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Exact:
         for name, buffer in self.named_buffers(recurse=False):
             device = fn(buffer.new_empty(0)).device  # a move to another device does apply
             setattr(self, name, buffer.to(device))
         return self
 
 
-class Standardize(_Exact):
+class Standardize(Exact):
     """Text vectors at mean 0 and standard deviation 1 in every dimension, by statistics of the pretrained encoder.
 
     What a platform's texts have in common fills much of a pretrained vector; without it, items differ more. The
@@ -94,7 +94,7 @@ class Standardize(_Exact):
         self.scale_H.copy_(1 / deviation_H.clamp(min=0.05 * float(deviation_H.mean()) + 1e-6))
 
 
-class Memory(_Exact):
+class Memory(Exact):
     """The last text vector of every item, [I, H] fp32 on every rank; zero until an item is first encoded.
 
     Its content is a function of the steps taken, so it belongs to a checkpoint.

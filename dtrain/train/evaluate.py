@@ -20,20 +20,36 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
 from dtrain.data.manifest import Manifest
+from dtrain.data.neighbours import NeighbourConfig
+from dtrain.model.neighbours import blend
 from dtrain.model.recommender import Recommender
-from dtrain.train.baselines import count_transitions, popularity, transitions, zero_shot
+from dtrain.train.baselines import count_transitions, popularity, zero_shot
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
 from dtrain.train.metrics import Metrics, aggregates, gains
-from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer
-from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, split_metrics, subjects
+from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer, history_scorer, rank_targets
+from dtrain.train.subjects import ScorerOf, Subject, shared, shared_ranks, split_metrics, subjects
 from dtrain.train.vectors import TextEncoder, Tokens, encode_catalog, encode_users, item_vectors
 
-__all__ = ["COMPARED", "EvaluateConfig", "evaluate", "model_scorer", "platform_report", "validate", "with_aggregates"]
+__all__ = [
+    "COMPARED",
+    "EvaluateConfig",
+    "blended",
+    "evaluate",
+    "fit_neighbours",
+    "model_scorer",
+    "platform_report",
+    "validate",
+    "with_aggregates",
+]
 
 log = logging.getLogger("dtrain")
 
 #: Metrics whose difference to each baseline gets an interval.
 COMPARED = ("ndcg@10", "recall@10")
+
+#: Weights that item-to-item statistics may have beside the model's own score, and users of a platform to choose by.
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+_FITTED = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +74,8 @@ class EvaluateConfig:
                 raise ConfigError(f"evaluate.{name}={getattr(self, name)} is below {low}; use at least {low}")
 
 
-def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
-    """Scorers of the model for slices of a platform's users, from the text vectors of all platforms' items."""
+def own_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
+    """Scorers of the model alone for slices of a platform's users, from the text vectors of all platforms' items."""
     item_ND, bias_N = item_vectors(
         model,
         text_NH[subject.rows],
@@ -84,25 +100,66 @@ def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: 
     return scorer_of
 
 
+def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
+    """As `own_scorer`, with the statistics of `subject.neighbours` at the weight that the model gives them."""
+    own, weight = own_scorer(model, text_NH, subject, device), model.neighbour_weight(subject.number)
+    return lambda share: blended(own(share), subject, share, weight)
+
+
+def blended(own: Scorer, subject: Subject, share: slice, weight: float) -> Scorer:
+    """The scorer `own` of a slice of users, with item-to-item statistics at this weight."""
+    if subject.neighbours is None or not weight:
+        return own
+    near = history_scorer(subject.neighbours, subject.users.histories[share])
+
+    def scores(rows: slice) -> Tensor:
+        score_bN = own(rows)
+        return blend(score_bN, near(rows).to(score_bN.device), weight)
+
+    return scores
+
+
+def fit_neighbours(
+    model: Recommender, platforms: Sequence[Subject], text_NH: Tensor, comm: Comm, *, metric: str, max_users: int = 0
+) -> None:
+    """Give every platform's statistics the weight of WEIGHTS at which `metric` is best. A collective call.
+
+    `platforms` are of the valid split. Decided on at most `max_users` users of each (0: all) and _FITTED.
+    """
+    if model.neighbours is None:
+        return
+    most = min(max_users or _FITTED, _FITTED)
+    for subject in platforms:
+        if subject.neighbours is None or not len(subject.users):
+            continue
+        own = own_scorer(model, text_NH, subject, comm.device)
+
+        def ranks(share: slice, subject: Subject = subject, own: ScorerOf = own) -> np.ndarray:
+            scorer, users = own(share), subject.users
+            each = [
+                rank_targets(
+                    blended(scorer, subject, share, weight),
+                    users.targets[share],
+                    users.histories[share],
+                    items=subject.items,
+                )
+                for weight in WEIGHTS
+            ]
+            return np.stack(each, axis=1)
+
+        rank_BW = shared(subject, ranks, comm, max_users=most)
+        quality_W = [gains(rank_B, metric).mean() for rank_B in rank_BW.T]
+        model.neighbours.weight_P[subject.number] = WEIGHTS[int(np.argmax(quality_W))]
+
+
 def validate(
-    model: Recommender,
-    platforms: Sequence[Subject],
-    caches: Mapping[str, Tokens],
-    comm: Comm,
-    *,
-    batch_tokens: int,
-    text_NH: Tensor | None = None,
-    max_users: int = 0,
+    model: Recommender, platforms: Sequence[Subject], text_NH: Tensor, comm: Comm, *, max_users: int = 0
 ) -> dict[str, Metrics]:
     """The model's metrics per platform, platforms without users left out: what a validation in a run needs.
 
-    `model` in eval mode with whole weights. `text_NH`: text vectors of all items [N, H] where they are known already
-    (default: encode them now). `max_users` bounds the users of each platform (0: all).
+    `model` in eval mode with whole weights; `text_NH` the text vectors of all items [N, H]. `max_users` bounds the
+    users of each platform (0: all).
     """
-    if text_NH is None:
-        text_NH = encode_catalog(
-            model.encode_texts, [caches[s.name] for s in platforms], comm, batch_tokens=batch_tokens
-        )
 
     def ranks(subject: Subject) -> np.ndarray:
         return shared_ranks(subject, model_scorer(model, text_NH, subject, comm.device), comm, max_users=max_users)
@@ -117,13 +174,14 @@ def evaluate(
     caches: Mapping[str, Tokens],
     comm: Comm,
     config: EvaluateConfig,
+    neighbours: NeighbourConfig | None = None,
 ) -> dict[str, Any]:
     """The content of metrics.json: every platform's metrics, slices, baselines and intervals, and the aggregates.
 
     `model` in eval mode with whole weights; `untuned` the pretrained encoder (see `baselines.untuned_encoder`);
     `caches` the token cache of each platform. Values are floats, or None for a slice without users; never NaN.
     """
-    platforms = subjects(manifest, config.split)
+    platforms = subjects(manifest, config.split, neighbours)
     tokens = [caches[subject.name] for subject in platforms]
     text_NH = encode_catalog(model.encode_texts, tokens, comm, batch_tokens=config.batch_tokens)
     plain_NH = encode_catalog(
@@ -157,7 +215,7 @@ def _baselines(subject: Subject, manifest: Manifest, plain_NH: Tensor, comm: Com
     table = count_transitions(manifest, subject.name, counts, comm)
     return {
         "popularity": lambda share: popularity(counts),
-        "transitions": lambda share: transitions(table, histories[share]),
+        "transitions": lambda share: history_scorer(table, histories[share]),
         "zero_shot": lambda share: zero_shot(plain_NH, histories[share]),
     }
 

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.batches.ragged import cells
 from dtrain.core.errors import TrainError
 from dtrain.data.evalset import Ragged
+from dtrain.data.neighbours import ItemToItem
 
-__all__ = ["BLOCK_BYTES", "Scorer", "dot_scorer", "entries", "rank_targets", "top_items"]
+__all__ = ["BLOCK_BYTES", "Scorer", "dot_scorer", "entries", "history_scorer", "rank_targets", "top_items"]
 
 #: Scores of the users in a slice for every item, [b, N], floating point. The caller owns the tensor and writes in it.
 Scorer = Callable[[slice], Tensor]
@@ -36,6 +38,25 @@ def dot_scorer(user_BD: Tensor, item_ND: Tensor, bias_N: Tensor | None = None) -
 
     def scores(rows: slice) -> Tensor:
         return users[rows] @ items_DN if bias is None else torch.addmm(bias, users[rows], items_DN)
+
+    return scores
+
+
+def history_scorer(table: ItemToItem, histories: Ragged) -> Scorer:
+    """score(b) = the sum over the user's last items of what `table` has from each to b, in float64."""
+
+    def scores(rows: slice) -> Tensor:
+        last = len(table.recency_L)
+        stops, lengths = histories.offsets[1:][rows], np.minimum(np.diff(histories.offsets)[rows], last)
+        user, back = np.nonzero(np.arange(last) < lengths[:, None])
+        source = histories.values[stops[user] - 1 - back].astype(np.int64)
+        # Every asked item's row of the table, end to end: `entry` is the index of each of its weights.
+        size = np.diff(table.offset_N)[source]
+        entry = cells(table.offset_N[source], size)
+        cell = np.repeat(user * table.items, size) + table.item_E[entry]
+        weight = table.weight_E[entry] * np.repeat(table.recency_L[back], size)
+        flat = np.bincount(cell, weights=weight, minlength=len(lengths) * table.items)
+        return torch.from_numpy(flat.reshape(len(lengths), table.items))
 
     return scores
 

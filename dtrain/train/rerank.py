@@ -20,10 +20,10 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
 from dtrain.data.manifest import Manifest
 from dtrain.model.cross import CrossEncoder
-from dtrain.train.baselines import count_transitions, transitions
+from dtrain.train.baselines import count_transitions
 from dtrain.train.evaluate import EvaluateConfig, platform_report, with_aggregates
 from dtrain.train.metrics import Metrics
-from dtrain.train.ranking import rank_targets, top_items
+from dtrain.train.ranking import history_scorer, rank_targets, top_items
 from dtrain.train.subjects import ScorerOf, Subject, shared, split_metrics
 
 __all__ = ["TOP", "Reranker", "evaluate_reranker", "transition_retrievers", "validate_reranker"]
@@ -108,7 +108,7 @@ def transition_retrievers(manifest: Manifest, platforms: Sequence[Subject], comm
 
     def retriever(subject: Subject) -> ScorerOf:
         table = count_transitions(manifest, subject.name, subject.catalog.counts, comm)
-        return lambda share: transitions(table, subject.users.histories[share])
+        return lambda share: history_scorer(table, subject.users.histories[share])
 
     return {subject.name: retriever(subject) for subject in platforms}
 

@@ -17,7 +17,7 @@ from dtrain.train.evaluate import model_scorer
 from dtrain.train.open import open_run
 from dtrain.train.rerank import Reranker, transition_retrievers
 from dtrain.train.setup import Inputs
-from dtrain.train.subjects import ScorerOf, Subject
+from dtrain.train.subjects import ScorerOf, Subject, subjects
 from dtrain.train.vectors import encode_catalog
 
 __all__ = ["open_retrievers", "reranker_of"]
@@ -44,7 +44,8 @@ def open_retrievers(
         )
     caches = list(opened.inputs.caches.values())
     text_NH = encode_catalog(model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens)
-    return Path(run).name, {s.name: model_scorer(model, text_NH, s, comm.device) for s in platforms}
+    with_neighbours = subjects(manifest, platforms[0].split, opened.config.model.neighbours)
+    return Path(run).name, {s.name: model_scorer(model, text_NH, s, comm.device) for s in with_neighbours}
 
 
 def reranker_of(model: nn.Module, inputs: Inputs, config: RunConfig, comm: Comm) -> Reranker:

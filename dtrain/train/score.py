@@ -64,7 +64,10 @@ def _metrics_name(split: str, step: int | None) -> str:
 
 def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm) -> dict[str, Any]:
     untuned = untuned_encoder(opened.config.model.encoder, comm.device)
-    return evaluate(model, untuned, opened.manifest, opened.inputs.caches, comm, opened.config.evaluate)
+    config = opened.config
+    return evaluate(
+        model, untuned, opened.manifest, opened.inputs.caches, comm, config.evaluate, config.model.neighbours
+    )
 
 
 def _reranker_metrics(opened: OpenRun, comm: Comm) -> dict[str, Any]:

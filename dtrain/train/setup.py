@@ -18,6 +18,7 @@ from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
+from dtrain.data.neighbours import open_neighbours
 from dtrain.model.build import build_cross_encoder, build_model
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
@@ -51,7 +52,7 @@ class Inputs:
 
 
 def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = None) -> Inputs:
-    """Open and check the prepared data, the tokenizer (default: the encoder's) and the token caches. Collective.
+    """Open and check the prepared data, the tokenizer (default: the encoder's), caches and statistics. Collective.
 
     All files must be there, those in a folder with the size that the manifest has; block contents are checked when they
     are read. Raises DataError, CorruptFile or ConfigError.
@@ -69,6 +70,9 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
         if (comm.world.local_rank == 0) == turn:
             manifest.files.ready([platform.catalog for platform in manifest.platforms.values()])
             items = Items.open(manifest, tokenizer, config.batch.text_tokens)
+            if config.model.neighbours.enabled and config.train.task == "recommend":
+                for platform in manifest.platforms:
+                    open_neighbours(manifest, platform, config.model.neighbours)
         comm.barrier()
     assert items is not None
     return Inputs(manifest, tokenizer, items, {p: Catalog.open(manifest, p) for p in manifest.platforms})

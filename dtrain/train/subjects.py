@@ -15,6 +15,7 @@ from dtrain.core.errors import TrainError
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
+from dtrain.data.neighbours import ItemToItem, NeighbourConfig, open_neighbours
 from dtrain.train.metrics import SHORT_HISTORY, Metrics, slices
 from dtrain.train.ranking import BLOCK_BYTES, Scorer, rank_targets
 
@@ -35,6 +36,7 @@ class Subject:
     split_fingerprint: str
     catalog: Catalog
     users: EvalSet
+    neighbours: ItemToItem | None = None  # statistics that the model's score goes with
 
     @property
     def items(self) -> int:
@@ -53,8 +55,11 @@ class Subject:
         return slices(rank_B, cold_B, short_B, self.split)
 
 
-def subjects(manifest: Manifest, split: str) -> list[Subject]:
-    """Open every platform's catalogue and "valid" or "test" set, in the order of the manifest."""
+def subjects(manifest: Manifest, split: str, neighbours: NeighbourConfig | None = None) -> list[Subject]:
+    """Open every platform's catalogue and "valid" or "test" set, in the order of the manifest.
+
+    `neighbours`: with these statistics, made where they are missing, unless they are not enabled.
+    """
     found: list[Subject] = []
     first_row = 0
     for number, (name, entry) in enumerate(manifest.platforms.items()):
@@ -66,6 +71,7 @@ def subjects(manifest: Manifest, split: str) -> list[Subject]:
             split_fingerprint=entry.split_fingerprint,
             catalog=Catalog.open(manifest, name),
             users=EvalSet.open(manifest, name, split),
+            neighbours=open_neighbours(manifest, name, neighbours) if neighbours and neighbours.enabled else None,
         )
         found.append(subject)
         first_row += subject.items

@@ -10,12 +10,13 @@ from dtrain.core.comm import Comm
 from dtrain.engine.protocol import Engine
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.evaluate import validate
+from dtrain.train.evaluate import fit_neighbours, validate
 from dtrain.train.metrics import Metrics
 from dtrain.train.rerank import validate_reranker
 from dtrain.train.retrievers import open_retrievers, reranker_of
 from dtrain.train.setup import Inputs
 from dtrain.train.subjects import subjects
+from dtrain.train.vectors import encode_catalog
 
 __all__ = ["validator"]
 
@@ -38,21 +39,23 @@ def validator(
 
 
 def _retriever(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
-    """With `train.valid_remembered` items go by their remembered vectors, which costs no encoding."""
-    platforms = subjects(inputs.manifest, "valid")
+    """With `train.valid_remembered` items go by their remembered vectors, which costs no encoding.
+
+    The weights of item-to-item statistics are chosen first, and go into the model.
+    """
+    platforms = subjects(inputs.manifest, "valid", config.model.neighbours)
+    caches = [inputs.caches[subject.name] for subject in platforms]
 
     def rank(model: nn.Module) -> Mapping[str, Metrics]:
         assert isinstance(model, Recommender)
-        remembered = model.memory.vector_IH if config.train.valid_remembered and model.memory is not None else None
-        return validate(
-            model,
-            platforms,
-            inputs.caches,
-            comm,
-            batch_tokens=config.evaluate.batch_tokens,
-            text_NH=remembered,
-            max_users=config.train.valid_users,
+        users = config.train.valid_users
+        text_NH = (
+            model.memory.vector_IH
+            if config.train.valid_remembered and model.memory is not None
+            else encode_catalog(model.encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens)
         )
+        fit_neighbours(model, platforms, text_NH, comm, metric=config.train.metric, max_users=users)
+        return validate(model, platforms, text_NH, comm, max_users=users)
 
     return rank
 

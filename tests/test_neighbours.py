@@ -1,0 +1,167 @@
+"""Item-to-item statistics: their weights against the definition, their part in a score, and how much they may weigh."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
+from dtrain.core.world import World
+from dtrain.data import neighbours, pairs
+from dtrain.data.neighbours import ItemToItem, NeighbourConfig, find_neighbours, open_neighbours
+from dtrain.data.shards import ShardReader
+from dtrain.model.neighbours import NEAR
+from dtrain.train.evaluate import WEIGHTS, blended, fit_neighbours
+from dtrain.train.metrics import gains
+from dtrain.train.ranking import history_scorer
+from dtrain.train.subjects import Subject, shared_ranks, subjects
+from tests.eval_toys import OVERLAP, PLATFORMS, WINDOW, prepared, user_sequences
+from tests.ranks import run_ranks
+from tests.test_evaluate import Case, open_case
+
+ALONE = Comm(World(), torch.device("cpu"))
+CONFIG = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
+
+
+def by_definition(platform: str, config: NeighbourConfig) -> np.ndarray:
+    """[N, N]: the ridge regression of each target on the weighed items before it, on its chosen sources alone."""
+    items = PLATFORMS[platform][0]
+    rows, targets = [], []
+    for sequence in user_sequences(platform):
+        for context, target in seen_in_windows(sequence[:-2]):
+            row = np.zeros(items)
+            for age, item in enumerate(context[::-1][: config.last]):
+                row[item] += (1 + age) ** -config.decay
+            rows.append(row)
+            targets.append(target)
+    design, hit = np.array(rows).reshape(-1, items), np.eye(items)[np.array(targets, dtype=np.int64)]
+    gram, followed = design.T @ design, design.T @ hit
+    weights = np.zeros((items, items))
+    for target in range(items):
+        closeness = (followed[:, target] / np.sqrt(np.diag(gram) + config.ridge)).round(9)
+        chosen = [a for a in np.argsort(-closeness, kind="stable") if followed[a, target] > 0][: config.sources]
+        if chosen:
+            square = gram[np.ix_(chosen, chosen)] + config.ridge * np.eye(len(chosen))
+            weights[chosen, target] = np.linalg.solve(square, followed[chosen, target])
+    return weights
+
+
+def seen_in_windows(train: list[int]) -> list[tuple[list[int], int]]:
+    """(what a window shows before a target, the target) for every target of a user, in windows as prepared."""
+    found, start = [], 0
+    while True:
+        window = train[start : start + WINDOW]
+        first = 1 if start == 0 else OVERLAP
+        found += [(window[:place], window[place]) for place in range(first, len(window))]
+        if start + WINDOW >= len(train):
+            return found
+        start += WINDOW - OVERLAP
+
+
+def as_dense(table: ItemToItem) -> np.ndarray:
+    dense = np.zeros((table.items, table.items))
+    dense[np.repeat(np.arange(table.items), np.diff(table.offset_N)), table.item_E] = table.weight_E
+    return dense
+
+
+# Recencies that are whole multiples of 2 ** -16, so that equally close sources tie here and there.
+@pytest.mark.parametrize(("last", "decay"), [(4, 0.0), (2, 1.0)])
+@pytest.mark.parametrize("platform", ["left", "right", "none"])
+def test_weights_are_the_ridge_regression_of_what_came_next(
+    tmp_path: Path, platform: str, last: int, decay: float
+) -> None:
+    config = dataclasses.replace(CONFIG, last=last, decay=decay)
+    table = open_neighbours(prepared(tmp_path), platform, config)
+    expected = by_definition(platform, config)
+    assert (np.count_nonzero(expected) > 0) == (platform != "none")
+    np.testing.assert_allclose(as_dense(table), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_they_are_made_once_for_each_config_and_in_whatever_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = prepared(tmp_path)
+    whole = open_neighbours(manifest, "left", CONFIG)
+    monkeypatch.setattr(pairs, "_ROWS", 3)
+    monkeypatch.setattr(pairs, "_PENDING", 10)
+    monkeypatch.setattr(neighbours, "_CHUNK", 9)
+    pieces = find_neighbours(ShardReader(manifest, "left"), PLATFORMS["left"][0], CONFIG)
+    assert pieces.item_E.tolist() == whole.item_E.tolist()
+    np.testing.assert_allclose(pieces.weight_E, whole.weight_E, rtol=1e-5)
+    monkeypatch.setattr(neighbours, "find_neighbours", None)
+    assert open_neighbours(manifest, "left", CONFIG).weight_E.tolist() == whole.weight_E.tolist()
+    with pytest.raises(TypeError):  # another config's is not there, and can't be made now
+        open_neighbours(manifest, "left", dataclasses.replace(CONFIG, ridge=3.0))
+
+
+def test_of_too_many_pairs_every_nth_window_is_counted(tmp_path: Path) -> None:
+    manifest = prepared(tmp_path)
+    reader = ShardReader(manifest, "right")
+    few = find_neighbours(reader, PLATFORMS["right"][0], dataclasses.replace(CONFIG, max_pairs=50))
+    every = find_neighbours(reader, PLATFORMS["right"][0], CONFIG)
+    assert 0 < len(few.item_E) < len(every.item_E)
+
+
+def near_by_hand(subject: Subject, user: int) -> np.ndarray:
+    assert subject.neighbours is not None
+    dense, history = as_dense(subject.neighbours), subject.users.histories[user]
+    recent = history[::-1][: CONFIG.last]
+    return np.asarray(sum(dense[item] * (1 + age) ** -CONFIG.decay for age, item in enumerate(recent)))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
+    root = tmp_path_factory.mktemp("data")
+    prepared(root)
+    return open_case(root, tiny_encoder)
+
+
+def test_the_blend_adds_the_log_of_what_neighbours_say(case: Case) -> None:
+    subject = subjects(case.manifest, "valid", CONFIG)[2]
+    own = torch.randn(4, subject.items, generator=torch.Generator().manual_seed(0))
+    share = slice(3, 7)
+    found = blended(lambda rows: own[rows].clone(), subject, share, 1.5)(slice(0, 4)).numpy()
+    for user in range(4):
+        near = np.maximum(near_by_hand(subject, share.start + user), 0)
+        np.testing.assert_allclose(found[user], own[user].numpy() + 1.5 * np.log1p(near / NEAR), rtol=1e-4)
+    assert blended(lambda rows: own[rows].clone(), subject, share, 0.0)(slice(0, 4)).equal(own)
+
+
+def fitted(case: Case, comm: Comm) -> list[float]:
+    platforms = subjects(case.manifest, "valid", CONFIG)
+    text_NH = torch.zeros(len(case.items), case.model.encoder.hidden)
+    assert case.model.neighbours is not None
+    case.model.neighbours.weight_P.zero_()
+    fit_neighbours(case.model, platforms, text_NH, comm, metric="ndcg@10")
+    return [float(w) for w in case.model.neighbours.weight_P]
+
+
+def test_each_platform_gets_the_weight_that_is_best_on_its_valid_users(case: Case) -> None:
+    weights = fitted(case, ALONE)
+    subject = subjects(case.manifest, "valid", CONFIG)[0]
+    assert subject.neighbours is not None
+    near = history_scorer(subject.neighbours, subject.users.histories)
+    alone = gains(shared_ranks(subject, lambda share: near, ALONE), "ndcg@10").mean()
+    assert alone > 0
+    assert set(weights) <= set(WEIGHTS)
+    assert weights[1] == 0  # the platform without users
+
+
+def _fit_on_ranks(comm: Comm, root: str, encoder: str) -> list[float]:
+    return fitted(open_case(Path(root), Path(encoder)), comm)
+
+
+def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
+    expected = fitted(case, ALONE)
+    assert run_ranks(2, tmp_path, _fit_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("last", 0), ("sources", 0), ("decay", -1.0), ("ridge", 0.0)])
+def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"neighbours.*{key}"):
+        NeighbourConfig(**{key: value})  # type: ignore[arg-type]
