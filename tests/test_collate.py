@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dtrain.batches.collate import log_inclusion
 from dtrain.batches.config import BatchConfig
 from dtrain.batches.fresh import choose_fresh, deal_fresh
 from dtrain.batches.items import Items
+from dtrain.batches.ragged import length_classes
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
@@ -74,7 +76,7 @@ def meaning(batches: list[StepBatch]) -> dict[str, Any]:
         **shared(first),
         "texts": text_of,
         "samples": samples,
-        "positions": positions,
+        "positions": sorted(positions),  # of histories, each in one piece, whose order within a rank means nothing
     }
 
 
@@ -97,7 +99,7 @@ def test_a_step_means_the_same_for_every_world_size_and_accumulation(
                 assert shared(batch) == shared(batches[0])
                 assert batch.share_rows == batches[0].share_rows
                 assert (batch.table.fresh_U == batches[0].table.fresh_U).all()
-            assert {len(batch.histories) for batch in batches} == {accumulation}
+            assert {len(batch.histories) for batch in batches} == {4 * accumulation}
             assert len({len(batch.texts) for batch in batches}) == 1
 
 
@@ -119,7 +121,7 @@ def test_positions_are_the_windows_next_items(manifest: Manifest, items: Items) 
         want += [
             [rows[:t], events[:t], rows[t], weights[t], platform, block] for t in range(1, len(rows)) if weights[t] > 0
         ]
-    assert got == want
+    assert got == sorted(want)
 
 
 def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, items: Items) -> None:
@@ -216,11 +218,37 @@ def test_ids_are_dropped_at_the_asked_share_and_anew_each_step(manifest: Manifes
 def test_a_rank_with_fewer_samples_than_micro_batches_fills_up_with_nothing(manifest: Manifest, items: Items) -> None:
     batches = on_ranks(24, lambda comm: collate(manifest, items, comm, 0, {}, accumulation=3))
     for batch in batches:
-        assert len(batch.histories) == 3
+        assert len(batch.histories) == 3 * BatchConfig().history_buckets
         weights = [float(part.weight_BL.sum()) for part in batch.histories]
         assert sum(weight > 0 for weight in weights) <= 1  # its one sample
         assert all(part.mask_BL[:, 0].all() for part in batch.histories)
         assert len(batch.sample_ids) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_length_classes_pad_as_little_as_any_can(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    length_N, count = rng.integers(1, 12, rng.integers(1, 9)), int(rng.integers(1, 5))
+
+    def padded(classes: list[list[int]]) -> int:
+        return sum(len(rows) * int(length_N[rows].max()) for rows in classes if rows)
+
+    found = [rows.tolist() for rows in length_classes(length_N, count)]
+    assert len(found) == count
+    assert sorted(row for rows in found for row in rows) == list(range(len(length_N)))
+    best = min(
+        padded([[n for n, c in enumerate(choice) if c == k] for k in range(count)])
+        for choice in itertools.product(range(count), repeat=len(length_N))
+    )
+    assert padded(found) == best
+
+
+def test_histories_are_padded_within_their_class(manifest: Manifest, items: Items) -> None:
+    cells = {
+        buckets: sum(part.mask_BL.numel() for part in alone(manifest, items, 0, history_buckets=buckets).histories)
+        for buckets in (1, 4)
+    }
+    assert cells[4] < cells[1]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Collator:
             texts=share.texts,
             share_rows=share.rows,
             table=self._table(row_U, share.place_U, plan.seed),
-            histories=micro_batches(at, row_U, config.accumulation, self._pin),
+            histories=micro_batches(at, row_U, config.accumulation, config.history_buckets, self._pin),
             blocks=self._blocks(plan, pair_C, row_U, targets_G),
             target_weight_P=torch.from_numpy(target_weight_P),
             tokens=share.tokens,

@@ -11,10 +11,11 @@ __all__ = ["BatchConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
-    """`accumulation` and `text_buckets` may change within a run: they change memory and speed, not what is computed."""
+    """`accumulation` and the buckets may change within a run: they change memory and speed, not what is computed."""
 
     accumulation: int = 1  # micro-batches that a rank cuts its share of a step into
     text_buckets: int = 4  # length classes of a micro-batch's texts, each padded to its own longest
+    history_buckets: int = 4  # length classes of a micro-batch's histories, each padded to its own longest
     text_tokens: int = 32  # most tokens of an item's text, special tokens included
     fresh_items: int | None = None  # items of a step that are encoded with gradient, over all ranks; null: all of them
     id_dropout: float = 0.1  # share of a step's items that are shown without their id vector, 0..1
@@ -26,6 +27,7 @@ class BatchConfig:
         for name, least in (
             ("accumulation", 1),
             ("text_buckets", 1),
+            ("history_buckets", 1),
             ("text_tokens", 3),
             ("pair_history", 1),
             ("pair_negatives", 1),

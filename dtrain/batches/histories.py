@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtrain.batches.host import Pin
-from dtrain.batches.ragged import offsets_of, pad
+from dtrain.batches.ragged import cells, length_classes, offsets_of, pad
 from dtrain.data.batch import Histories
 from dtrain.data.stream import StepSamples
 
@@ -53,10 +53,11 @@ class Positions:
         )
 
 
-def micro_batches(at: Positions, row_U: np.ndarray, count: int, pin: Pin) -> tuple[Histories, ...]:
-    """`count` micro-batches of consecutive samples, sizes apart by at most one; `row_U` is the step's item table.
+def micro_batches(at: Positions, row_U: np.ndarray, count: int, buckets: int, pin: Pin) -> tuple[Histories, ...]:
+    """`count` micro-batches of consecutive samples, sizes apart by at most one, each in `buckets` of like length;
+    `row_U` is the step's item table.
 
-    A micro-batch without samples gets one that asks for nothing, so that every rank runs the same modules.
+    A bucket without samples asks for nothing, but is there, so that every rank runs the same modules.
     """
     item_Q, next_Q = np.searchsorted(row_U, at.item_Q), np.searchsorted(row_U, at.next_Q)
     next_Q[at.weight_Q <= 0] = 0
@@ -64,21 +65,26 @@ def micro_batches(at: Positions, row_U: np.ndarray, count: int, pin: Pin) -> tup
     made = []
     for index in range(count):
         begin, end = (at.length_B.size * i // count for i in (index, index + 1))
-        empty = begin == end
-        length_B = at.length_B[begin:end] if not empty else np.zeros(1, np.int64)
-        width = max(1, int(length_B.max()))
-        part = slice(offset_B[begin], offset_B[end])
-        mask_BL = np.arange(width) < np.maximum(length_B, 1)[:, None]  # an encoder needs something to attend to
-        own = slice(begin, end)
-        made.append(
-            Histories(
-                item_BL=pin(pad(item_Q[part], length_B, width)),
-                event_BL=pin(pad(at.event_Q[part], length_B, width)),
-                mask_BL=pin(mask_BL),
-                target_BL=pin(pad(next_Q[part], length_B, width)),
-                weight_BL=pin(pad(at.weight_Q[part], length_B, width)),
-                platform_B=pin(at.platform_B[own] if not empty else np.zeros(1, np.int64)),
-                block_B=pin(at.block_B[own] if not empty else np.zeros(1, np.int64)),
-            )
-        )
+        for own in length_classes(at.length_B[begin:end], buckets):
+            made.append(_bucket(at, item_Q, next_Q, offset_B, begin + own, pin))
     return tuple(made)
+
+
+def _bucket(
+    at: Positions, item_Q: np.ndarray, next_Q: np.ndarray, offset_B: np.ndarray, own: np.ndarray, pin: Pin
+) -> Histories:
+    """The samples `own`, padded to the longest."""
+    empty = not own.size
+    length_B = at.length_B[own] if not empty else np.zeros(1, np.int64)
+    width = max(1, int(length_B.max()))
+    part_Q = cells(offset_B[own], at.length_B[own])
+    mask_BL = np.arange(width) < np.maximum(length_B, 1)[:, None]  # an encoder needs something to attend to
+    return Histories(
+        item_BL=pin(pad(item_Q[part_Q], length_B, width)),
+        event_BL=pin(pad(at.event_Q[part_Q], length_B, width)),
+        mask_BL=pin(mask_BL),
+        target_BL=pin(pad(next_Q[part_Q], length_B, width)),
+        weight_BL=pin(pad(at.weight_Q[part_Q], length_B, width)),
+        platform_B=pin(at.platform_B[own] if not empty else np.zeros(1, np.int64)),
+        block_B=pin(at.block_B[own] if not empty else np.zeros(1, np.int64)),
+    )

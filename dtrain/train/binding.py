@@ -77,7 +77,7 @@ RULES = (
         "decide what a validation measures",
     ),
     Rule(
-        ("batch.accumulation", "batch.text_buckets", "engine", "dist"),
+        ("batch.accumulation", "batch.history_buckets", "batch.text_buckets", "engine", "dist"),
         "free",
         "the same step on other ranks, ZeRO stage, precision or memory; sums differ by rounding",
     ),
