@@ -32,6 +32,7 @@ class Peer:
     grid: Mapping[str, tuple[float, ...]]  # values of each hyperparameter; the first is where the search starts
     facts: Mapping[str, Any]  # whatever else decides its result
     slow: bool = False  # trains a network
+    reads_vectors: bool = False  # of the untuned encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ def peers(seconds: float) -> tuple[Peer, ...]:
             open=untuned,
             grid={"last": (1, 2, 3, 5, 10)},
             facts={"text_tokens": TEXT_TOKENS},
+            reads_vectors=True,
         ),
         *(
             Peer(
@@ -93,8 +95,9 @@ def peers(seconds: float) -> tuple[Peer, ...]:
                 title=title,
                 open=partial(sasrec, config=config),
                 grid={"dropout": (0.2, 0.5)},
-                facts=asdict(config),
+                facts={**asdict(config), "text_tokens": TEXT_TOKENS},
                 slow=True,
+                reads_vectors=config.text,
             )
             for name, title, config in trained
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ class SasRec(nn.Module):
 def epoch_batches(
     train: Ragged, positions: int, batch: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(items [B, L + 1], how many of them are real [B]): each pair of neighbours in a history in one batch of the epoch.
+    """(items [B, L + 1], how many of them are real [B]): each pair of neighbours in a history once an epoch.
 
     Histories longer than `positions` + 1 are cut in chunks whose borders move from epoch to epoch.
     """
@@ -175,8 +175,6 @@ def _loss(model: SasRec, item_BL: Tensor, length_B: Tensor) -> Tensor:
 
 def sasrec(side: Side, config: SasRecConfig) -> Any:
     """One model for each dropout that is asked for, each with the whole wall time."""
-    from dataclasses import replace
-
     trained: dict[float, SasRec] = {}
 
     def scorer(params: dict[str, float], histories: Ragged) -> Scorer:

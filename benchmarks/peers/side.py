@@ -42,7 +42,7 @@ TUNED_USERS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Side:
-    """A platform. Peers learn from `train` and `counts` alone, for both splits; a test history also has the valid item."""
+    """A platform. Peers learn from `train` and `counts` alone, for both splits; test histories have the valid item too."""
 
     name: str
     manifest: Manifest
@@ -54,7 +54,7 @@ class Side:
 
     @classmethod
     def open(cls, manifest: Manifest, name: str, encoder: EncoderConfig, folder: Path) -> Side:
-        """`folder`: where text vectors are kept. Raises DataError unless all training rows lie before a valid target."""
+        """`folder`: where text vectors are kept. Raises DataError unless valid histories are all training rows."""
         catalog, users = Catalog.open(manifest, name), {s: EvalSet.open(manifest, name, s) for s in ("valid", "test")}
         train = users["valid"].histories
         if not np.array_equal(np.bincount(train.values, minlength=len(catalog)), catalog.counts):

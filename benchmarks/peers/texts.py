@@ -6,6 +6,7 @@ Legend of shape suffixes: b users of one block, B users, N items, V words, H hid
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def words(text: str) -> list[str]:
     """Lower-case words; of Chinese, which has no spaces, every character and every pair of neighbours."""
     found: list[str] = []
     for run in _RUNS.findall(text.lower()):
-        found += [*run, *map("".join, zip(run, run[1:]))] if "\u3400" <= run[0] <= "\u9fff" else [run]
+        found += [*run, *map("".join, pairwise(run))] if "\u3400" <= run[0] <= "\u9fff" else [run]
     return found
 
 
