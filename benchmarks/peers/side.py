@@ -42,7 +42,10 @@ TUNED_USERS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Side:
-    """A platform. Peers learn from `train` and `counts` alone, for both splits; test histories have the valid item too."""
+    """A platform. Peers learn from `train` and `counts` alone, for both splits.
+
+    The history of a test user has the valid item too.
+    """
 
     name: str
     manifest: Manifest
