@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,36 @@ import numpy as np
 from benchmarks.peers.neighbours import itemknn, popularity, transitions
 from benchmarks.peers.sasrec import SasRecConfig, sasrec
 from benchmarks.peers.side import TEXT_TOKENS, TUNED_USERS, Side
-from benchmarks.peers.texts import bm25, untuned
+from benchmarks.peers.texts import LAST, bm25, untuned
 from dtrain.train.metrics import gains
 
 __all__ = ["Peer", "Tuned", "peers", "search", "tune"]
 
 Params = dict[str, float]
 
-_HALVES: Mapping[str, tuple[float, ...]] = {"decay": (0.0,), "last": (0,), "source": (0.5,), "target": (0.5,)}
+Grid = Mapping[str, tuple[float, ...]]
+
+_RECENCY: Grid = {"last": (0, 1, 3, 5, 10, 20, 50), "decay": (0.0, 0.25, 0.5, 1.0, 2.0)}
+
+#: What is tuned of each peer; the search starts from the first values.
+_GRIDS: Mapping[str, Grid] = {
+    "popularity": {},
+    "itemknn_cosine": {**_RECENCY, "source": (0.5,), "target": (0.5,)},
+    "itemknn": {
+        "target": (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8),
+        **_RECENCY,
+        "source": (0.5, 0.0, 0.25, 0.75, 1.0),
+    },
+    "transitions": {
+        "target": (0.0, 0.1, 0.2, 0.3, 0.5),
+        "decay": (1.0, 0.0, 0.5, 2.0),
+        "last": (10, 0, 1, 3, 5, 20),
+        "source": (1.0, 0.25, 0.5, 0.75),
+    },
+    "bm25": {"k1": (1.2, 0.3, 0.6, 2.0, 4.0), "b": (0.75, 0.0, 0.4, 1.0), "decay": (0.0, 0.5, 1.0, 2.0)},
+    "untuned": {"last": (1, 2, 3, 5, 10, 20, 0)},
+    "sasrec": {"dropout": (0.2, 0.5)},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +51,8 @@ class Peer:
     name: str
     title: str  # its row in tables
     open: Callable[[Side], Any]
-    grid: Mapping[str, tuple[float, ...]]  # values of each hyperparameter; the first is where the search starts
-    facts: Mapping[str, Any]  # whatever else decides its result
+    grid: Grid  # values of each hyperparameter; the first is where the search starts
+    facts: Mapping[str, Any] = field(default_factory=dict)  # whatever else decides its result
     slow: bool = False  # trains a network
     reads_vectors: bool = False  # of the untuned encoder
 
@@ -46,65 +68,36 @@ class Tuned:
 
 def peers(seconds: float) -> tuple[Peer, ...]:
     """Every peer, in the order of the tables. `seconds`: most wall time of one training of SASRec."""
-    counted = {"decay": (0.0, 0.25, 0.5, 1.0), "last": (0, 50, 10, 5, 3)}
-    trained = [
-        (name, title, SasRecConfig(ids=ids, text=text, seconds=seconds))
-        for name, title, ids, text in (
-            ("sasrec_ids", "SASRec ids, full softmax", True, False),
-            ("sasrec_text", "SASRec frozen text", False, True),
-            ("sasrec_both", "SASRec text + ids", True, True),
+
+    def quick(name: str, title: str, learn: Callable[[Side], Any], **more: Any) -> Peer:
+        return Peer(name=name, title=title, open=learn, grid=_GRIDS[name], **more)
+
+    def trained(name: str, title: str, ids: bool, text: bool) -> Peer:
+        config = SasRecConfig(ids=ids, text=text, seconds=seconds)
+        return Peer(
+            name=name,
+            title=title,
+            open=partial(sasrec, config=config),
+            grid=_GRIDS["sasrec"],
+            facts={**asdict(config), "text_tokens": TEXT_TOKENS},
+            slow=True,
+            reads_vectors=text,
         )
-    ]
-    exponents = tuple(round(0.1 * n, 1) for n in range(9))
+
     return (
-        Peer(name="popularity", title="popularity", open=popularity, grid={}, facts={}),
-        Peer(name="itemknn_cosine", title="itemKNN cosine", open=itemknn, grid=_HALVES, facts={}),
-        Peer(
-            name="itemknn",
-            title="itemKNN tuned exponents and recency",
-            open=itemknn,
-            grid={"target": (0.5, *(e for e in exponents if e != 0.5)), **counted, "source": (0.5, 0.25, 0.75, 1.0)},
-            facts={},
-        ),
-        Peer(
-            name="transitions",
-            title="transitions, window 5",
-            open=transitions,
-            grid={"target": (0.0, 0.1, 0.2, 0.3, 0.5), "decay": (1.0, 0.0, 0.5, 2.0), "last": (10, 1, 3, 5, 0),
-                  "source": (1.0, 0.5, 0.75)},
-            facts={"window": 5},
-        ),
-        Peer(
-            name="bm25",
-            title="BM25, last 5 texts",
-            open=bm25,
-            grid={"k1": (1.2, 0.6, 2.0), "b": (0.75, 0.0, 0.4), "decay": (0.0, 0.5, 1.0)},
-            facts={"last": 5},
-        ),
-        Peer(
-            name="untuned",
-            title="untuned encoder",
-            open=untuned,
-            grid={"last": (1, 2, 3, 5, 10)},
-            facts={"text_tokens": TEXT_TOKENS},
-            reads_vectors=True,
-        ),
-        *(
-            Peer(
-                name=name,
-                title=title,
-                open=partial(sasrec, config=config),
-                grid={"dropout": (0.2, 0.5)},
-                facts={**asdict(config), "text_tokens": TEXT_TOKENS},
-                slow=True,
-                reads_vectors=config.text,
-            )
-            for name, title, config in trained
-        ),
-    )  # fmt: skip
+        quick("popularity", "popularity", popularity),
+        quick("itemknn_cosine", "itemKNN cosine, tuned recency", itemknn),
+        quick("itemknn", "itemKNN, tuned exponents too", itemknn),
+        quick("transitions", "transitions, window 5", transitions),
+        quick("bm25", f"BM25, last {LAST} texts", bm25, facts={"last": LAST}),
+        quick("untuned", "untuned encoder", untuned, facts={"text_tokens": TEXT_TOKENS}, reads_vectors=True),
+        trained("sasrec_ids", "SASRec ids, full softmax", ids=True, text=False),
+        trained("sasrec_text", "SASRec frozen text", ids=False, text=True),
+        trained("sasrec_both", "SASRec text + ids", ids=True, text=True),
+    )
 
 
-def search(grid: Mapping[str, tuple[float, ...]], value: Callable[[Params], float]) -> tuple[Params, int]:
+def search(grid: Grid, value: Callable[[Params], float]) -> tuple[Params, int]:
     """Coordinate ascent from the first value of each: one hyperparameter after the other is set to its best value
     with the others as they are, until none changes. Returns the choice and how many were tried."""
     seen: dict[tuple[float, ...], float] = {}
