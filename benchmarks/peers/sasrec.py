@@ -23,8 +23,12 @@ from dtrain.batches.ragged import cells, pad
 from dtrain.data.evalset import Ragged
 from dtrain.train.metrics import gains
 from dtrain.train.ranking import Scorer, dot_scorer
+from dtrain.train.vectors import length_batches
 
 __all__ = ["SasRec", "SasRecConfig", "epoch_batches", "sasrec", "train_sasrec"]
+
+#: History cells of one call when users are ranked, and batches' worth of chunks that are sorted by length together.
+_CELLS, _POOL = 1 << 14, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +110,9 @@ class SasRec(nn.Module):
         length = np.minimum(np.diff(histories.offsets), self.config.positions)
         start = histories.offsets[1:] - length
         user_BD = torch.empty(len(length), self.config.dim)
-        for rows in np.array_split(np.arange(len(length)), max(1, len(length) // 512)):
-            width = max(1, int(length[rows].max(initial=0)))
-            item_BL = pad(histories.values[cells(start[rows], length[rows])].astype(np.int64), length[rows], width)
+        for rows in length_batches(length, _CELLS):
+            values = histories.values[cells(start[rows], length[rows])].astype(np.int64)
+            item_BL = pad(values, length[rows], int(length[rows].max()))
             out_BLD = self(item_ND, torch.from_numpy(item_BL))
             user_BD[torch.from_numpy(rows)] = out_BLD[torch.arange(len(rows)), torch.from_numpy(length[rows] - 1)]
         return dot_scorer(user_BD, item_ND)
@@ -119,7 +123,8 @@ def epoch_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(items [B, L + 1], how many of them are real [B]): each pair of neighbours in a history once an epoch.
 
-    Histories longer than `positions` + 1 are cut in chunks whose borders move from epoch to epoch.
+    Histories longer than `positions` + 1 are cut in chunks whose borders move from epoch to epoch. Chunks of like
+    length, out of a random few batches' worth, share a batch; batches come in random order.
     """
     pairs = np.maximum(np.diff(train.offsets) - 1, 0)
     shift = np.where(pairs > positions, rng.integers(0, positions, len(pairs)), 0)
@@ -129,8 +134,9 @@ def epoch_batches(
     begin = np.maximum(nth * positions - shift[user], 0)
     length = np.minimum((nth + 1) * positions - shift[user], pairs[user]) - begin + 1
     begin += train.offsets[:-1][user]
-    order = rng.permutation(len(user))
-    for start in range(0, len(order), batch):
+    pool = rng.permutation(len(user)) // (_POOL * batch)
+    order = np.lexsort((rng.random(len(user)), length, pool))
+    for start in rng.permutation(np.arange(0, len(order), batch)):
         rows = order[start : start + batch]
         values = train.values[cells(begin[rows], length[rows])].astype(np.int64)
         yield pad(values, length[rows], int(length[rows].max())), length[rows]
