@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,16 @@ from tests.eval_toys import prepared, train_counts
 from tests.train_toys import run_config
 
 ENCODER = EncoderConfig(name="somewhere/encoder")
-EVERY = slice(0, None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Toys are slower on two, and other tests keep what they had."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(quality, "_THREADS", 1)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ragged(*lists: list[int]) -> Ragged:
