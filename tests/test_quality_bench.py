@@ -17,7 +17,7 @@ import torch
 from benchmarks import quality
 from benchmarks.peers.neighbours import itemknn, transitions
 from benchmarks.peers.registry import Peer, search, tune
-from benchmarks.peers.sasrec import SasRecConfig, epoch_batches, train_sasrec
+from benchmarks.peers.sasrec import SasRec, SasRecConfig, epoch_batches, train_sasrec
 from benchmarks.peers.side import ALONE, Side
 from benchmarks.peers.texts import bm25, untuned, words
 from benchmarks.quality_goals import goals
@@ -178,6 +178,14 @@ def test_sasrec_learns_a_cycle(ids: bool) -> None:
     assert facts["epochs"] - facts["best_epoch"] <= config.patience
 
 
+def test_sasrec_does_not_look_ahead() -> None:
+    model = SasRec(SasRecConfig(dim=16, positions=8), 12, None).eval()
+    with torch.no_grad():
+        one_BLD, other_BLD = (model(model.items(), torch.tensor([[1, 2, 3, last]])) for last in (4, 5))
+    torch.testing.assert_close(one_BLD[:, :3], other_BLD[:, :3])
+    assert not torch.allclose(one_BLD[:, 3], other_BLD[:, 3])
+
+
 def test_the_search_goes_from_one_best_value_to_the_next() -> None:
     grid = {"a": (0.0, 1.0, 2.0), "b": (0.0, 1.0, 2.0)}
     chosen, tried = search(grid, lambda p: -((p["a"] - p["b"]) ** 2) - (p["b"] - 2) ** 2 / 8)
@@ -330,6 +338,11 @@ def test_a_model_job_is_known_by_recipe_data_and_seed_not_by_where_it_runs(plan:
     assert key() == plan.joint_jobs[0].key == key("run=elsewhere", "dist.threads=2", "checkpoint.keep_last=9")
     others = [key("optimizer.lr=0.02"), key(seed=1), key(platform="left"), key(platform="right")]
     assert len({key(), *others}) == 5
+    left = dataclasses.replace(plan.manifest.platform("left"), split_fingerprint="another")
+    changed = dataclasses.replace(plan.manifest, platforms={**plan.manifest.platforms, "left": left})
+    recipe = Recipe(path=path, overrides=("data.platforms=[left,right]",))
+    assert model_job(recipe, changed, 0).key != key()
+    assert model_job(recipe, changed, 0, "right").key == key(platform="right")  # its own data is the same
 
 
 def test_the_solo_model_has_its_platforms_share_of_the_steps(plan: Plan, tmp_path: Path) -> None:
