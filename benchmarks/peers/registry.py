@@ -44,6 +44,10 @@ _GRIDS: Mapping[str, Grid] = {
 }
 
 
+#: Raise it when SASRec's code changes what it learns: kept results go by configs, which say nothing of code.
+_SASREC = 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """`open(side)` learns; what it returns takes (params, histories) and gives a scorer."""
@@ -79,7 +83,7 @@ def peers(seconds: float) -> tuple[Peer, ...]:
             title=title,
             open=partial(sasrec, config=config),
             grid=_GRIDS["sasrec"],
-            facts={**asdict(config), "text_tokens": TEXT_TOKENS},
+            facts={**asdict(config), "text_tokens": TEXT_TOKENS, "version": _SASREC},
             slow=True,
             reads_vectors=text,
         )
