@@ -1,7 +1,8 @@
 """One joint model of all platforms beside every peer and beside our own model of each platform alone.
 
     python -m benchmarks.quality [--work DIR] [--config FILE] [--seeds 0,1,2] [--only joint|solo|peers|table ...]
-                                 [--platforms A,B] [--budget-s N] [--ranks N] [--page FILE] [KEY=VALUE ...]
+                                 [--platforms A,B] [--budget-s N] [--threads N] [--ranks N]
+                                 [--page FILE] [KEY=VALUE ...]
 
 Every result is kept below --work under the hash of its config and of the data, so that the whole can be cut at any
 time and goes on with the same command; a changed config is a new job. Peers are tuned on valid; ranks of test users are
@@ -37,7 +38,7 @@ _THREADS = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(arguments)
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(args.threads)
     recipe = Recipe(path=args.config, overrides=tuple(args.overrides), ranks=args.ranks)
     try:
         plan = plan_of(recipe, [int(seed) for seed in args.seeds.split(",")], args.budget_s)
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--platforms", type=_names, default=[], help="of peers and solo models; default: all")
     parser.add_argument("--peers", type=_names, default=[], help="default: all")
     parser.add_argument("--budget-s", type=float, default=770.0, help="most seconds of one training of SASRec")
+    parser.add_argument("--threads", type=int, default=_THREADS, help="of peers; 1 is faster on a machine that is busy")
     parser.add_argument("--ranks", type=int, default=1, help="processes of one of our own trainings")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/quality.md"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

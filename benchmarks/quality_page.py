@@ -165,7 +165,7 @@ def _walls(numbers: Numbers) -> str:
     joint = [found for job in numbers.plan.joint_jobs if (found := numbers.result(job))]
     text = ", ".join(f"{found.wall_s:,.0f}" for found in joint) or _NOT_RUN
     note = (
-        "Peers: the search on valid and both rankings in one process of two threads; text vectors are encoded once a "
+        "Peers: the search on valid and both rankings, in one process; text vectors are encoded once a "
         "platform, in the time of the first peer that needs them. "
     )
     return _table(("", *platforms), rows) + f"\n{note}Joint model, all platforms together, one training a seed: {text}."
