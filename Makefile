@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-prepare bench-scaling bench-stream demo test test-gpu lint inputs soak soak-cluster clean
+.PHONY: bench-checkpoint bench-prepare bench-quality bench-scaling bench-stream demo test test-gpu lint inputs soak soak-cluster clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -37,6 +37,11 @@ bench-checkpoint: $(STAMP)
 # Needs about 3 GB below runs/bench/prepare, 8 GiB of memory for Polars, and PyPI once. QUICK=1: minutes.
 bench-prepare: $(STAMP)
 	$(BIN)/python -m benchmarks.prepare_speed
+
+# DTRAIN_DATA names the folder of five of the platforms. Hours in all; cut it at any time, it goes on. ARGS: see --help.
+bench-quality: inputs
+	$(BIN)/dtrain prepare configs/data/seven.yaml
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 # Formulas against 1 to 4 ranks, and the plan at 10^10 samples: four minutes or more, QUICK=1 fewer.
 bench-scaling: $(STAMP)

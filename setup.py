@@ -43,6 +43,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "s3fs",
+            "scipy",
             "sentence-transformers",
             "types-PyYAML",
             "types-tqdm",
