@@ -24,15 +24,15 @@ from dtrain.core.world import World
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
+from dtrain.data.prepare import prepare
 from dtrain.model.transfer import is_own
 from dtrain.train.config import RunConfig, TrainConfig
 from dtrain.train.job import run_job
 from dtrain.train.metrics import summary
 from dtrain.train.open import open_run
 from dtrain.train.score import score_run
-from dtrain.train.setup import open_inputs
 from dtrain.train.vectors import encode_catalog
-from tests import eval_toys
+from tests import eval_toys, prepare_toys
 from tests.conftest import make_tiny_encoder
 from tests.store_toys import store_in
 from tests.train_toys import losses, run_config
@@ -50,7 +50,8 @@ def train(config: Path, *keys: str) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
     """The config of a run that was trained on garden and kitchen."""
-    config = run_config(tmp_path_factory.mktemp("base"), shops, tiny_encoder, evaluate={"resamples": 1000})
+    sections = {"evaluate": {"resamples": 1000}, "checkpoint": {"weights_every": 4}}
+    config = run_config(tmp_path_factory.mktemp("base"), shops, tiny_encoder, **sections)
     train(config)
     return config
 
@@ -193,7 +194,13 @@ def adapted(base: Path, folder: Path, data: Path, *keys: str) -> Path:
     return train(base, f"run={folder / 'run'}", f"data.path={data}", f"train.init_from={base.parent / 'run'}", *keys)
 
 
-STILL = ["optimizer.lr=0", "train.steps=1", "train.valid_every=0", "optimizer.weight_decay=0"]
+STILL = [
+    "optimizer.lr=0",
+    "train.steps=1",
+    "train.valid_every=0",
+    "optimizer.weight_decay=0",
+    "schedule.warmup_steps=0",
+]
 
 
 def test_a_run_begins_with_exactly_what_is_said(base: Path, run: Path, both: Path, tmp_path: Path) -> None:
@@ -237,9 +244,11 @@ def test_a_run_begins_with_exactly_what_is_said(base: Path, run: Path, both: Pat
     torch.testing.assert_close(began["memory.vector_IH"], text_NH, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_of_one_platform_with_the_weights_of_a_step(base: Path, run: Path, other: Path, tmp_path: Path) -> None:
-    keys = ["data.platforms=[left]", "train.init_checkpoint=3", "objective.temperature=0.1", *STILL]
-    began, theirs = weights(adapted(base, tmp_path, other, *keys)), weights(run, "3")
+def test_a_run_begins_with_a_checkpoint_of_weights_alone_and_its_temperature(
+    base: Path, run: Path, other: Path, tmp_path: Path
+) -> None:
+    keys = ["data.platforms=[left]", "train.init_checkpoint=4", "objective.temperature=0.1", *STILL]
+    began, theirs = weights(adapted(base, tmp_path, other, *keys)), weights(run, "4")
     assert torch.equal(began["items.project.weight"], theirs["items.project.weight"])
     ours, started = float(began["temperature.offset"]), np.log(0.1)
     assert started - ours == pytest.approx(np.log(0.07) - float(theirs["temperature.offset"]), abs=1e-6)
@@ -359,7 +368,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_needs_the_first_run_no_more
     class Killed(Exception):
         pass
 
-    def kill(point: str, step: int) -> None:
+    def kill(point: str, step: int | None = None) -> None:
         if (point, step) == ("step", 9):
             raise Killed
 
@@ -426,6 +435,36 @@ def test_weights_that_do_not_fit_are_refused_with_both_values(base: Path, other:
             TrainConfig(**section)  # type: ignore[arg-type]
 
 
-def test_the_inputs_of_other_data_need_the_runs_tokenizer(base: Path, other: Path) -> None:
-    config = load_config(RunConfig, base, [f"data.path={other}"])
-    assert open_inputs(config, ALONE).platforms == ("left", "none", "right")
+# A share of the users
+
+
+@pytest.mark.usefixtures("user_key")
+def test_a_share_of_the_users_trains_and_all_are_ranked(tmp_path: Path) -> None:
+    rows = prepare_toys.random_rows(5, users=400, items=60, most=12)
+    found, drawn = {}, {}
+    for share in (1.0, 0.5, 0.1):
+        folder = tmp_path / str(share)
+        block = {**prepare_toys.write_shop(folder / "raw", rows, items=60), "train_users": share}
+        found[share] = prepare(prepare_toys.config_of(folder, {"shop": block}), progress=False).manifest
+        samples = prepare_toys.samples_of(found[share], "shop")
+        drawn[share] = {sample["user"] for sample in samples}
+        shop, counts = found[share].platform("shop"), Catalog.open(found[share], "shop").counts
+        assert shop.train_samples == len(samples)
+        assert shop.train_rows == counts.sum()
+        assert counts.sum() >= sum(
+            len(sample["items"]) for sample in samples
+        )  # a first row that nothing follows counts
+    everyone = EvalSet.open(found[1.0], "shop", "test").users.to_pylist()
+    assert drawn[0.1] < drawn[0.5] < drawn[1.0]
+    assert 0.4 < len(drawn[0.5]) / len(drawn[1.0]) < 0.6
+    assert 0.04 < len(drawn[0.1]) / len(drawn[1.0]) < 0.17
+    first = set(everyone[: len(everyone) // 4]) & drawn[1.0]
+    assert 0.3 < len(first & drawn[0.5]) / len(first) < 0.7  # whoever validates on the first users meets both kinds
+    whole, part = found[1.0].platform("shop"), found[0.1].platform("shop")
+    assert (part.split_fingerprint, part.items, part.users) == (whole.split_fingerprint, whole.items, whole.users)
+    assert [part.valid.sha256, part.test.sha256] == [whole.valid.sha256, whole.test.sha256]
+    own = {sample["user"]: sample["items"] for sample in prepare_toys.samples_of(found[1.0], "shop")}
+    assert all(own[sample["user"]] == sample["items"] for sample in prepare_toys.samples_of(found[0.1], "shop"))
+    for wrong in (0, 1.5):
+        with pytest.raises(ConfigError, match=r"shop\.train_users: .*above 0 and at most 1"):
+            prepare_toys.config_of(tmp_path, {"shop": {**block, "train_users": wrong}})
