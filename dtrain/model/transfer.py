@@ -64,8 +64,8 @@ def take_over(
     """Fill a newly built `model` of the platforms `new` with weights that were trained on the platforms `old`.
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
-    (adapters that add nothing, id vectors and biases of zero); of attention biases they get the mean over `old`, of
-    event vectors, for every event type, the mean over `old` of each one's mean. Memory is left alone. `temperature` is
+    (adapters that add nothing, id vectors and biases of zero), event vectors of zero, and for attention biases the mean
+    over `old`. Memory is left alone. `temperature` is
     the one that those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), set(source.names("master"))
@@ -100,7 +100,7 @@ def _take_rows(
         elif unit == "distance":
             part.copy_(torch.stack(parts).mean(0))
         elif unit == "event":
-            part.copy_(torch.stack([rows.mean(0) for rows in parts]).mean(0).expand_as(part))
+            part.zero_()
 
 
 def _cut(table: Tensor, unit: str, platforms: Sequence[PlatformSize]) -> dict[str, Tensor]:
