@@ -24,7 +24,7 @@ __all__ = ["PlatformSize", "is_own", "take_over"]
 #: Tables in which each platform has rows of its own, one after another in platform order: what a row is of.
 _OWN = (
     (re.compile(r"items\.(id|bias)\.weight"), "item"),
-    (re.compile(r"(items|user)\.adapter\.\w+"), "platform"),
+    (re.compile(r"(items|user)\.adapter\.\w+|neighbours\.weight_P"), "platform"),
     (re.compile(r"user\.event\.weight"), "event"),
     (re.compile(r"user\.blocks\.\d+\.attention\.distance\.weight"), "distance"),
 )
@@ -68,11 +68,11 @@ def take_over(
     over `old`. Memory is left alone. `temperature` is
     the one that those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
     """
-    parameters, saved = dict(model.named_parameters()), set(source.names("master"))
-    _check_names(parameters.keys(), saved, whose)
+    parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
+    _check_names(parameters.keys(), saved["master"], whose)
     for name, tensor in model.state_dict(keep_vars=True).items():
         unit, kind = _row_of(name), "master" if name in parameters else "buffer"
-        if name.startswith("memory.") or (name not in saved and kind == "master"):
+        if name.startswith("memory.") or name not in saved[kind]:
             continue
         if unit is None:
             _check_shape(name, source.shape(kind, name), tuple(tensor.shape), whose)
