@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "sentence-transformers": ["sentence-transformers"],
+        "lora": ["peft"],
         "s3": ["s3fs"],
         "dev": [
             "boto3",
@@ -39,6 +40,7 @@ setup(
             "kubernetes-validate",
             "moto[server]",
             "mypy",
+            "peft",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -26,6 +26,7 @@ ONLY_IN = {
     "deepspeed": ("dtrain/engine/deepspeed_engine.py",),
     "ray": ("dtrain/orchestrate/", "dtrain/serve/"),
     "webdataset": ("dtrain/data/shards.py",),
+    "peft": ("dtrain/model/lora.py",),
     "omegaconf": ("dtrain/core/config.py",),
     "fsspec": ("dtrain/data/sources.py",),  # inputs, from wherever it reaches
     "s3fs": ("dtrain/core/s3_calls.py",),

@@ -90,6 +90,7 @@ def build_platform(job: Job, folder: Path) -> PlatformManifest:
             items=items.path,
             kept_items=work / "kept.npy",
             min_items_per_user=job.config.min_items_per_user,
+            train_users=job.config.train_users,
             cuts=cuts,
             timed=bool(job.config.columns.time),
             window=job.window,

@@ -178,6 +178,7 @@ class PlatformConfig:
     weight_by_value: bool = False  # multiply a row's weight by its value, which must then be 0 or more
     min_users_per_item: int = 1  # items met by fewer distinct users are dropped
     min_items_per_user: int = 3  # users with fewer distinct items are dropped
+    train_users: float = 1.0  # share of the users whose rows train, a fixed sample; valid and test have all of them
     split: SplitConfig = field(default_factory=SplitConfig)
     on_bad_row: str = "error"  # error | drop: what a malformed row does; dropped rows are counted
 
@@ -199,6 +200,8 @@ class PlatformConfig:
         _one_of(f"{where}.on_bad_row", self.on_bad_row, ("error", "drop"))
         if self.min_users_per_item < 1 or self.min_items_per_user < 3:
             raise ConfigError(f"{where}: min_users_per_item must be at least 1, min_items_per_user at least 3")
+        if not 0 < self.train_users <= 1:
+            raise ConfigError(f"{where}.train_users: {self.train_users} must be above 0 and at most 1")
         if bool(self.columns.event) != bool(self.event_weights) or len(self.event_weights) > 100:
             raise ConfigError(f"{where}: columns.event and event_weights (at most 100) are set together or not at all")
         if min([self.other_event_weight, *self.event_weights.values()]) < 0:

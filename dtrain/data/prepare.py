@@ -122,6 +122,8 @@ def _build_id(
 ) -> str:
     """A fingerprint of everything the bytes of a build depend on; files count by content, not by where they lie."""
     block = to_dict(config.platforms[name])
+    if block["train_users"] == 1:
+        del block["train_users"]  # builds from before there was such a key stay what they are
     groups = [*zip(block["catalog"]["sources"], catalog), *zip(block["interactions"], interactions)]
     with bars.reading(f"{name}: checking", (file for _, files in groups for file in files)) as on_bytes:
         for source, files in groups:

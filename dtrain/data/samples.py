@@ -7,6 +7,7 @@ may run them again wherever and as often as it likes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class BucketTask:
     items: Path  # Arrow file of the item ids
     kept_items: Path  # .npy, bool per item: met by enough users
     min_items_per_user: int
+    train_users: float  # share of users whose rows train, 0..1
     cuts: Cuts | None
     timed: bool
     window: int  # items
@@ -73,7 +75,23 @@ def _prepared(task: BucketTask) -> tuple[Histories, Histories, Split, np.ndarray
     kept_items = np.load(task.kept_items, allow_pickle=False)
     histories = read_histories(task.bucket)
     kept = histories.select(kept_items[histories.items], task.min_items_per_user)
-    return histories, kept, split_histories(kept, task.cuts), kept_items
+    split = split_histories(kept, task.cuts)
+    if task.train_users < 1:
+        split = dataclasses.replace(
+            split, train_rows=np.where(_drawn(kept.hashes, task.train_users), split.train_rows, 0)
+        )
+    return histories, kept, split, kept_items
+
+
+def _drawn(hashes: pa.Array, share: float) -> np.ndarray:
+    """Which users are in the sample: a larger share's has every smaller one's.
+
+    By the last eight bytes of their hashes: the order of users in the valid and test sets goes by the first ones, and
+    whoever evaluates the first users only must not meet the drawn ones alone.
+    """
+    data = np.frombuffer(hashes.buffers()[1] or b"", np.uint8).reshape(-1, hashes.type.byte_width)
+    last = data[hashes.offset : hashes.offset + len(hashes), -8:].copy().view(">u8")[:, 0]
+    return np.asarray(last < share * 2.0**64)
 
 
 def _target_rows(histories: Histories, at: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ from dtrain.core.errors import ConfigError, ExportError, StateMismatch
 from dtrain.core.storage import write_json
 from dtrain.core.world import World
 from dtrain.export.target import export_folder
-from dtrain.train.open import find_checkpoint, load_weights
+from dtrain.train.merged import merged
+from dtrain.train.open import find_checkpoint, load_weights, read_run_config
 
 __all__ = ["MARK", "export_encoder"]
 
@@ -52,7 +53,7 @@ def export_encoder(run: Path, blobs: Blobs, out: Path, choice: str = "best") -> 
             )
         config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
         model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        load_weights(model, store.open(commit), _PREFIX)
+        load_weights(model, merged(store.open(commit), read_run_config(run).train), _PREFIX)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         about = {name: getattr(commit, name) for name in ("step", "number", "kind", "wrote", "tags", "fingerprints")}

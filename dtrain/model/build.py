@@ -48,9 +48,12 @@ def _encoder(config: ModelConfig, *, pretrained: bool) -> Encoder:
 
 
 def parameter_roles(module: nn.Module) -> dict[str, Literal["encoder", "head"]]:
-    """Which learning rate each trainable parameter trains with, by its name in `named_parameters()`."""
+    """Which learning rate each trainable parameter trains with, by its name in `named_parameters()`.
+
+    What LoRA adds to the encoder is new, so it trains as heads do.
+    """
     return {
-        name: "encoder" if name.startswith("encoder.") else "head"
+        name: "encoder" if name.startswith("encoder.") and ".lora_" not in name else "head"
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }

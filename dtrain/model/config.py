@@ -9,7 +9,15 @@ from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
 from dtrain.data.neighbours import NeighbourConfig
 
-__all__ = ["AdapterConfig", "EncoderConfig", "FreezeConfig", "ModelConfig", "ObjectiveConfig", "UserConfig"]
+__all__ = [
+    "AdapterConfig",
+    "EncoderConfig",
+    "FreezeConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "UserConfig",
+]
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -80,6 +88,19 @@ class FreezeConfig:
     def __post_init__(self) -> None:
         _one_of("freeze.policy", self.policy, ("nothing", "all_but_top", "all_but_heads"))
         _at_least("freeze.top_layers", self.top_layers, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank changes of the encoder's linear maps, of attention and feed-forward layers: W + alpha / rank * B A."""
+
+    rank: int = 8  # columns of B, rows of A
+    alpha: float = 16.0  # the factor times the rank
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        if not self.alpha > 0:
+            raise ConfigError(f"lora.alpha={self.alpha} is not positive; use e.g. twice lora.rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,13 @@ class Temperature(nn.Module):
 
     def __init__(self, start: float, *, learned: bool) -> None:
         super().__init__()
-        self.start = -math.log(start)
+        self.start = self.start_of(start)
         self.offset = nn.Parameter(torch.zeros(1)) if learned else None
+
+    @staticmethod
+    def start_of(temperature: float) -> float:
+        """The logarithm of the factor for this temperature, from which the offset counts."""
+        return -math.log(temperature)
 
     def forward(self, device: torch.device) -> Tensor:
         """[1] fp32 on `device`."""

@@ -23,6 +23,7 @@ def check_shared(config: RunConfig) -> None:
         ("data.path", config.data.path),
         ("checkpoint.path", config.checkpoint.path),
         ("evaluate.retriever", config.evaluate.retriever),
+        ("train.init_from", config.train.init_from),
     ):
         if _relative(path):
             raise ConfigError(
@@ -49,6 +50,7 @@ def anchored(config: RunConfig) -> RunConfig:
         model=dataclasses.replace(config.model, encoder=dataclasses.replace(encoder, name=name)),
         checkpoint=dataclasses.replace(config.checkpoint, path=_absolute(config.checkpoint.path)),
         evaluate=dataclasses.replace(config.evaluate, retriever=_absolute(config.evaluate.retriever)),
+        train=dataclasses.replace(config.train, init_from=_absolute(config.train.init_from)),
     )
 
 

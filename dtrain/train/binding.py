@@ -43,7 +43,7 @@ RULES = (
         "decide which weights there are and what each stands for; start another run",
     ),
     Rule(
-        ("optimizer.name", "model.freeze.policy", "model.freeze.top_layers"),
+        ("optimizer.name", "model.freeze.policy", "model.freeze.top_layers", "train.adapt", "train.lora"),
         "fixed",
         "decide which moments a weight has",
     ),
@@ -91,6 +91,11 @@ RULES = (
         "free",
         "where things are; what is there is held to its fingerprint",
     ),
+    Rule(
+        ("train.init_from", "train.init_checkpoint"),
+        "free",
+        "count once, where a run has no checkpoint yet; a resume takes the run's own and never looks there",
+    ),
     Rule(("checkpoint", "evaluate", "stream", "train"), "free", "when to log, validate, save and end"),
 )
 
@@ -128,6 +133,10 @@ def binding(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Everything that a resume looks at, with its value: for the checkpoint. `config` must be completed."""
     found = {key: value for key, value in config_keys(config).items() if rule_of(key).kind != "free"}
     found["data.platforms"] = list(inputs.platforms)
+    for key in [key for key in found if key.startswith("train.lora.") and config.train.adapt != "lora"]:
+        del found[key]
+    if config.train.adapt == "all":
+        del found["train.adapt"]
     if config.schedule.name == "constant":
         del found["schedule.total_steps"]  # has no end, so a longer run is the same run
     for name, platform in inputs.manifest.platforms.items():

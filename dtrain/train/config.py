@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from dtrain.batches.config import BatchConfig
+from dtrain.checkpoint.choice import check_choice
 from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.core.cluster import ClusterConfig
 from dtrain.core.config import nearest
@@ -15,7 +16,7 @@ from dtrain.data.mixture import MixtureConfig
 from dtrain.data.plan import PlanConfig
 from dtrain.data.stream import StreamConfig
 from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
-from dtrain.model.config import ModelConfig, ObjectiveConfig
+from dtrain.model.config import LoraConfig, ModelConfig, ObjectiveConfig
 from dtrain.train.evaluate import EvaluateConfig
 
 __all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig"]
@@ -64,6 +65,11 @@ class TrainConfig:
     aggregate: str = "macro"  # over platforms: macro (mean) or worst
     patience: int = 0  # validations without a new best before the run stops; 0: never
     max_skipped: int = 10  # non-finite steps in a row that end the run
+    init_from: str = ""  # run folder or URL whose weights a new run begins with; empty: the pretrained encoder's alone
+    init_checkpoint: str = "best"  # of that run: best (the latest where none is) | latest | a step
+    adapt: str = "all"  # what trains after init_from: all (by model.freeze) | adapters (what each platform has of its
+    # own) | lora (the same and low-rank changes of the encoder); docs/transfer.md
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -71,6 +77,7 @@ class TrainConfig:
             ("resume", ("auto", "never")),
             ("resume_data", ("same", "continue", "restart")),
             ("aggregate", ("macro", "worst")),
+            ("adapt", ("all", "adapters", "lora")),
             ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")),
         ):
             value = getattr(self, key)
@@ -86,6 +93,14 @@ class TrainConfig:
         ):
             if getattr(self, key) < low:
                 raise ConfigError(f"train.{key}={getattr(self, key)}: must be at least {low}")
+        check_choice("train.init_checkpoint", self.init_checkpoint)
+        if self.init_from and self.task != "recommend":
+            raise ConfigError(f"train.init_from={self.init_from}: is for train.task=recommend, not {self.task}")
+        if self.adapt != "all" and not self.init_from:
+            raise ConfigError(
+                f"train.adapt={self.adapt} leaves most weights as train.init_from gives them, which names none; name a "
+                "run, or train all"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,10 @@ from dtrain.data.plan import Plan, rows_for
 from dtrain.engine.memory import estimate
 from dtrain.engine.precision import resolve_precision
 from dtrain.model.build import describe, train_flops_per_token
+from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.setup import Inputs, build_module, open_inputs
+from dtrain.train.transfer import choose_trained
 
 __all__ = ["describe_run"]
 
@@ -50,6 +52,8 @@ def _batch_lines(config: RunConfig, inputs: Inputs, world: World) -> list[str]:
 
 def _memory_lines(config: RunConfig, inputs: Inputs, world: World, device: torch.device) -> list[str]:
     model = build_module(config, inputs, pretrained=True)
+    if isinstance(model, Recommender):
+        choose_trained(model, config)
     about = describe(model)
     precision = resolve_precision(config.engine.precision, device)
     parts = estimate(

@@ -38,6 +38,7 @@ from dtrain.train.runfolder import Observer, RunFolder, open_log, versions
 from dtrain.train.saving import RunSaver
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.stopflag import StopFlag
+from dtrain.train.transfer import choose_trained, start_from
 from dtrain.train.validation import validator
 
 __all__ = ["Start", "run_job", "set_threads"]
@@ -172,8 +173,12 @@ def _check_world(config: RunConfig, world: World) -> None:
 
 
 def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStore, commit: Commit | None) -> BaseEngine:
-    """The engine with the checkpoint's state, or with pretrained weights and filled memory."""
+    """The engine with the checkpoint's state, or with pretrained weights or another run's, and filled memory."""
     model = build_module(config, inputs, pretrained=True)
+    if isinstance(model, Recommender):
+        if commit is None and config.train.init_from:
+            start_from(model, config, inputs, comm)
+        choose_trained(model, config)
     model.to(comm.device)
     if commit is None and isinstance(model, Recommender):
         prime(model, inputs, comm, config)

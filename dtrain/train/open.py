@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from dtrain.core.config import load_config
 from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.state import FragmentSource
 from dtrain.data.manifest import Manifest
+from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
+from dtrain.train.merged import merged
+from dtrain.train.origin import Origin, fill, same_builds, seen
 from dtrain.train.runfiles import RunFiles
 from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
@@ -43,6 +46,7 @@ class OpenRun:
     inputs: Inputs
     model: nn.Module
     commit: Commit
+    seen: dict[str, str] = field(default_factory=dict)  # on other data than the run's: what to say of each platform
 
     @property
     def path(self) -> Path:
@@ -55,12 +59,24 @@ class OpenRun:
 
 
 def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved config of a run folder, with overrides. Raises ConfigError when it is no run folder."""
+    """The resolved config of a run folder, with overrides, of which `data=X` is X and all of its platforms.
+
+    Raises ConfigError when it is no run folder.
+    """
     files = RunFiles(run)
     files.fetch("config.yaml")
     if not (files.path / "config.yaml").is_file():
         raise ConfigError(f"{files.url}: no run folder (config.yaml is missing); give the `run` of a training")
-    return load_config(RunConfig, files.path / "config.yaml", overrides)
+    given = [
+        part
+        for override in overrides
+        for part in (
+            [f"data.path={override.removeprefix('data=')}", "data.platforms=[]"]
+            if override.startswith("data=")
+            else [override]
+        )
+    ]
+    return load_config(RunConfig, files.path / "config.yaml", given)
 
 
 def open_store(
@@ -77,19 +93,30 @@ def open_store(
 def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice: str = "best") -> OpenRun:
     """Open a checkpoint of a run: "best" (the latest where none is), "latest", or that of a step. A collective call.
 
+    With another `data.path` than the run's, and other data there, the model is one of those platforms: with the run's
+    shared weights, and neutral parts for each platform that it was not trained on (see `dtrain.model.transfer`).
+
     Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of,
-    StateMismatch when data or tokenizer are others now.
+    StateMismatch when data at the run's own path or the tokenizer are others now.
     """
     config = read_run_config(run, overrides)
+    moved = config.data.path != read_run_config(run).data.path
     store = open_store(run, config, comm)
     commit = find_checkpoint(store, choice)
     files = RunFiles(run)
     files.fetch("encoder")
     inputs = open_inputs(config, comm, tokenizer_from=files.path / "encoder")
-    check_fingerprints(commit.fingerprints, inputs.fingerprints())
+    now = inputs.fingerprints()
+    other = moved and commit.fingerprints.get("manifest") != now["manifest"]
+    check_fingerprints(commit.fingerprints, {"tokenizer": now["tokenizer"]} if other else now)
     model = build_module(pinned(config, files.path / "encoder"), inputs, pretrained=False)
-    load_weights(model, store.open(commit))
-    return OpenRun(files, config, inputs, model.eval(), commit)
+    origin = Origin(files=files, config=config, commit=commit, source=merged(store.open(commit), config.train))
+    kept = same_builds(origin, inputs) if other else []
+    if other and isinstance(model, Recommender):
+        fill(model, origin, inputs, kept)
+    else:
+        load_weights(model, origin.source)
+    return OpenRun(files, config, inputs, model.eval(), commit, seen(origin, inputs, kept) if other else {})
 
 
 def find_checkpoint(store: CheckpointStore, choice: str) -> Commit:
@@ -111,7 +138,7 @@ def find_checkpoint(store: CheckpointStore, choice: str) -> Commit:
 def check_fingerprints(saved: dict[str, Any], now: dict[str, str]) -> None:
     """Raise StateMismatch naming the first of data and tokenizer that is not the one the checkpoint was made with."""
     for what, fix in (("tokenizer", "use the run's own tokenizer"), ("manifest", "restore that prepared folder")):
-        if saved.get(what) != now[what]:
+        if what in now and saved.get(what) != now[what]:
             raise StateMismatch(
                 f"{what} fingerprint: {saved.get(what)} in the checkpoint, {now[what]} now; {fix}, or start a new run"
             )

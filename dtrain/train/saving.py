@@ -71,7 +71,15 @@ class RunSaver:
     def save_weights(self, state: LoopState) -> None:
         self._settle()
         fragments = [fragment for fragment in self.engine.fragments() if fragment.kind in _WEIGHTS]
-        self._start(Snapshot(step=state.step, fragments=fragments, fingerprints=self.fingerprints, kind="weights"))
+        self._start(
+            Snapshot(
+                step=state.step,
+                fragments=fragments,
+                state={"binding": self.run.bound},
+                fingerprints=self.fingerprints,
+                kind="weights",
+            )
+        )
 
     def finish(self) -> None:
         self._settle()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
 from dtrain.core.storage import read_json, write_json
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import untuned_encoder
@@ -24,7 +25,9 @@ __all__ = ["read_metrics", "score_run"]
 def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str:
     """Evaluate a checkpoint of `run` and return the table for people. Collective; rank 0 writes the files.
 
-    The checkpoint is `evaluate.checkpoint`. The run's own metrics, metrics.json and the report, are of its best.
+    The checkpoint is `evaluate.checkpoint`. The run's own metrics, metrics.json and the report, are of its best. On
+    other data than the run's (see `open_run`), the file is called after their folder, and its platforms' blocks say
+    under "training" what the run has seen of them.
     """
     config = read_run_config(run, overrides).evaluate
     opened = open_run(run, comm, overrides, config.checkpoint)
@@ -36,14 +39,18 @@ def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str
     )
     step = opened.commit.step
     metrics = {**metrics, "step": step, "manifest_fingerprint": opened.manifest.fingerprint}
-    name = _metrics_name(config.split, None if config.checkpoint == "best" else step)
+    for platform, words in opened.seen.items():
+        metrics["platforms"][platform]["training"] = words
+    data = _data_name(opened) if opened.seen else ""
+    name = _metrics_name(config.split, None if config.checkpoint == "best" else step, data)
     if comm.world.is_main:
         opened.files.fetch()  # what the report is made of
         write_json(opened.path / name, metrics)
         write_report(opened.path)
         opened.files.push()
     table = render_table(metrics)
-    return table if config.checkpoint == "best" else f"{table}\ncheckpoint of step {step}, written to {name}"
+    own = config.checkpoint == "best" and not opened.seen
+    return table if own else f"{table}\ncheckpoint of step {step}, written to {name}"
 
 
 def read_metrics(run: Path, step: int) -> dict[str, Any] | None:
@@ -56,10 +63,21 @@ def read_metrics(run: Path, step: int) -> dict[str, Any] | None:
     return None
 
 
-def _metrics_name(split: str, step: int | None) -> str:
-    """`step` is None for the best checkpoint, whose metrics are the run's own."""
-    parts = ["metrics", *([] if split == "test" else [split]), *([] if step is None else [f"step-{step}"])]
-    return "-".join(parts) + ".json"
+def _metrics_name(split: str, step: int | None, data: str = "") -> str:
+    """`step` is None for the best checkpoint, whose metrics are the run's own; `data` "" for the run's own data."""
+    parts = [data, "" if split == "test" else split, "" if step is None else f"step-{step}"]
+    return "-".join(["metrics", *filter(None, parts)]) + ".json"
+
+
+def _data_name(opened: OpenRun) -> str:
+    """What a prepared folder is called. Raises ConfigError for the name of another file's kind."""
+    name = str(opened.manifest.root).rstrip("/").rpartition("/")[2]
+    if name == "valid" or name.startswith(("step-", "valid-")):
+        raise ConfigError(
+            f"data={opened.manifest.root}: metrics-{name}.json would be what another evaluation of the run writes; "
+            "give it by a link of another name"
+        )
+    return name
 
 
 def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm) -> dict[str, Any]:

@@ -89,17 +89,21 @@ def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.M
 
 
 def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> None:
-    """What a new run takes from the pretrained encoder: statistics of text vectors, and remembered vectors.
+    """What a new run takes from the encoder it begins with: statistics of text vectors, and remembered vectors.
 
-    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. Collective.
+    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. The statistics
+    of a run that begins with another's weights are that one's, which its projection was trained on. Collective.
     """
     whole = config.batch.fresh_items is not None
+    if config.train.init_from and not whole:
+        return
     caches: list[Tokens] = [c if whole else EvenSample(c, _STATISTICS) for c in inputs.caches.values()]
     training = model.training
     text_NH = encode_catalog(model.eval().encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens).to(
         comm.device
     )
-    model.items.standardize.fit(text_NH)
+    if not config.train.init_from:
+        model.items.standardize.fit(text_NH)
     if whole and model.memory is not None:
         model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
     model.train(training)

@@ -40,6 +40,8 @@ def render_table(metrics: Mapping[str, Any], metric: str = "ndcg@10") -> str:
     lines.append(f"worst {number(worst[metric])} ({worst['platform']})")
     for name, block in platforms.items():
         parts = [f"{part} {number(block[part][metric])} ({block[part]['users']:,} users)" for part in ("cold", "short")]
+        if training := block.get("training"):  # on other data than the run's
+            parts.insert(0, training)
         lines.append(f"{name}: {', '.join(parts)}, split {block['split_fingerprint']}")
     return "\n".join(lines)
 

@@ -1,0 +1,469 @@
+"""A run's weights on platforms that it never saw: ranked as they are, and as what another run begins with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from dtrain.cli.main import main
+from dtrain.core import failpoints
+from dtrain.core.comm import Comm
+from dtrain.core.config import load_config
+from dtrain.core.errors import ConfigError, StateMismatch
+from dtrain.core.storage import read_json
+from dtrain.core.world import World
+from dtrain.data.catalog import Catalog
+from dtrain.data.evalset import EvalSet
+from dtrain.data.manifest import Manifest
+from dtrain.data.prepare import prepare
+from dtrain.model.transfer import is_own
+from dtrain.train.config import RunConfig, TrainConfig
+from dtrain.train.job import run_job
+from dtrain.train.metrics import summary
+from dtrain.train.open import open_run
+from dtrain.train.score import score_run
+from dtrain.train.vectors import encode_catalog
+from tests import eval_toys, prepare_toys
+from tests.conftest import make_tiny_encoder
+from tests.store_toys import store_in
+from tests.train_toys import losses, run_config
+
+ALONE = Comm(World(), torch.device("cpu"))
+QUICK = ["evaluate.resamples=1000"]
+
+
+def train(config: Path, *keys: str) -> Path:
+    loaded = load_config(RunConfig, config, keys)
+    assert run_job(loaded, World()) == "completed"
+    return Path(loaded.run)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
+    """The config of a run that was trained on garden and kitchen."""
+    sections = {"evaluate": {"resamples": 1000}, "checkpoint": {"weights_every": 4}}
+    config = run_config(tmp_path_factory.mktemp("base"), shops, tiny_encoder, **sections)
+    train(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(base: Path) -> Path:
+    return base.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder, called `elsewhere`, of platforms that the run never saw."""
+    root = tmp_path_factory.mktemp("other") / "elsewhere"
+    eval_toys.prepared(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, shops: Path, other: Path) -> Path:
+    """A prepared folder of one platform that the run was trained on, after two that it never saw."""
+    root = tmp_path_factory.mktemp("both") / "both"
+    for folder in (shops, other):
+        shutil.copytree(folder, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokens*"))
+    known = json.loads((shops / "manifest.json").read_text())["platforms"]
+    new = json.loads((other / "manifest.json").read_text())
+    new["platforms"] = {
+        "left": new["platforms"]["left"],
+        "right": new["platforms"]["right"],
+        "kitchen": known["kitchen"],
+    }
+    (root / "manifest.json").write_text(json.dumps(new))
+    return root
+
+
+def weights(run: Path, choice: str = "latest") -> dict[str, Tensor]:
+    """Every weight and buffer in a checkpoint of a run."""
+    store = store_in(run / "checkpoints")
+    commit = store.find(choice)
+    assert commit is not None
+    source = store.open(commit)
+    return {
+        name: source.read(kind, name).view(source.shape(kind, name))
+        for kind in ("master", "buffer")
+        for name in source.names(kind)
+    }
+
+
+# Ranking what was never seen
+
+
+def test_an_unseen_platform_is_ranked_with_shared_weights_and_neutral_parts(
+    run: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: the run's own model with its own modules, from which what is the platforms' own is taken out."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert main(["evaluate", str(copy), f"data={other}", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("never seen in training") == 3
+    assert "written to metrics-elsewhere.json" in printed
+    assert not (copy / "metrics.json").exists()
+    found = read_json(copy / "metrics-elsewhere.json")
+    assert list(found["platforms"]) == ["left", "none", "right"]
+    assert set(found["platforms"]["left"]["baselines"]) == {"popularity", "transitions", "zero_shot"}
+
+    opened = open_run(run, ALONE)
+    model: Any = opened.model
+    with torch.no_grad():
+        model.items.adapter = model.user.adapter = None
+        model.user.event.weight.zero_()
+        for block in model.user.blocks:
+            table = block.attention.distance.weight
+            table.copy_(table.view(2, -1, table.shape[1]).mean(0).repeat(2, 1))
+    manifest, tokenizer = Manifest.load(other), AutoTokenizer.from_pretrained(run / "encoder")
+    for name in ("left", "right"):
+        texts = [str(text) for text in Catalog.open(manifest, name).texts]
+        encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=12) for text in texts]
+        text_NH = torch.cat([model.encode_texts(e["input_ids"], e["attention_mask"]) for e in encoded])
+        nothing = torch.zeros(len(texts), dtype=torch.int64)
+        item_ND, _ = model.item_vectors(text_NH, nothing, nothing, torch.zeros(len(texts), dtype=torch.bool))
+        users, ranks = EvalSet.open(manifest, name, "test"), []
+        for history, target in zip(users.histories, users.targets.tolist(), strict=True):
+            recent = torch.from_numpy(np.array(history[-12:], dtype=np.int64))
+            real = torch.ones(1, len(recent), dtype=torch.bool)
+            user_D = model.user_vectors(item_ND[recent][None], 0 * recent[None], real, torch.tensor([0]))[0]
+            score_N = item_ND @ user_D
+            rivals = [i for i in range(len(texts)) if i != target and i not in history]
+            ranks.append(1 + sum(bool(score_N[i] >= score_N[target] - 1e-6) for i in rivals))
+        assert found["platforms"][name]["test"] == pytest.approx(summary(np.array(ranks)))
+
+
+def test_a_platform_of_the_same_build_keeps_its_own_parts(run: Path, shops: Path, both: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    score_run(copy, ALONE, QUICK)
+    table = score_run(copy, ALONE, [f"data.path={both}", "data.platforms=[left,kitchen]", *QUICK])
+    own, found = read_json(copy / "metrics.json"), read_json(copy / "metrics-both.json")
+    assert found["platforms"]["kitchen"].pop("training") == "trained on"
+    assert found["platforms"]["kitchen"] == own["platforms"]["kitchen"]
+    assert found["platforms"]["left"]["training"] == "never seen in training"
+    assert "kitchen: trained on" in table
+    # The same data at another place is no other data.
+    moved = tmp_path / "moved"
+    shutil.copytree(shops, moved)
+    assert "trained on" not in score_run(copy, ALONE, [f"data={moved}", *QUICK])
+    assert not (copy / "metrics-moved.json").exists()
+
+
+def test_a_platform_of_that_name_but_prepared_otherwise_is_ranked_as_unseen(
+    run: Path, other: Path, tmp_path: Path
+) -> None:
+    copy, root = tmp_path / "run", tmp_path / "named"
+    shutil.copytree(run, copy)
+    shutil.copytree(other, root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["platforms"] = {"garden": {**manifest["platforms"]["left"], "name": "garden"}}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert "garden: prepared otherwise than in training" in score_run(copy, ALONE, [f"data={root}", *QUICK])
+
+
+def test_what_can_not_be_evaluated_is_said(run: Path, other: Path, tmp_path: Path, capsys: Any) -> None:
+    copy, odd = tmp_path / "run", tmp_path / "valid"
+    shutil.copytree(run, copy)
+    shutil.copytree(other, odd)
+    for arguments, code, words in (
+        ([f"data={tmp_path / 'nowhere'}"], 3, "no manifest"),
+        ([f"data.path={other}", "data.platforms=[lef]"], 3, "Did you mean 'left'"),
+        ([f"data={odd}"], 2, "another name"),
+    ):
+        assert main(["evaluate", str(copy), *arguments, *QUICK]) == code
+        assert words in capsys.readouterr().err
+
+
+# Beginning with another run's weights
+
+
+def adapted(base: Path, folder: Path, data: Path, *keys: str) -> Path:
+    """A run on `data` that begins with the weights of `base`."""
+    return train(base, f"run={folder / 'run'}", f"data.path={data}", f"train.init_from={base.parent / 'run'}", *keys)
+
+
+STILL = [
+    "optimizer.lr=0",
+    "train.steps=1",
+    "train.valid_every=0",
+    "optimizer.weight_decay=0",
+    "schedule.warmup_steps=0",
+]
+
+
+def test_a_run_begins_with_exactly_what_is_said(base: Path, run: Path, both: Path, tmp_path: Path) -> None:
+    """Nothing is learned at a learning rate of zero, so the first checkpoint shows what it began with."""
+    began, theirs = weights(adapted(base, tmp_path, both, *STILL, "batch.fresh_items=4")), weights(run, "best")
+    fresh = weights(train(base, f"run={tmp_path / 'fresh'}", f"data.path={both}", *STILL))
+    assert began.keys() == theirs.keys()
+    for name, value in began.items():
+        if is_own(name) or name.startswith("memory."):
+            continue
+        assert torch.equal(value, theirs[name]), name
+        if not name.endswith("key.bias") and "pooler" not in name and not name.startswith("encoder.model.embeddings"):
+            assert not torch.equal(value, fresh[name]) or not value.any(), name
+    sizes, theirs_at = (30, 130, 40), 40  # items of left, right and kitchen; kitchen's first row in the run
+    for table in ("items.id.weight", "items.bias.weight"):
+        left, right, kitchen = began[table].split(sizes)
+        assert not left.any()
+        assert not right.any()
+        assert torch.equal(kitchen, theirs[table][theirs_at:])
+        assert kitchen.any()
+    for name in ("items.adapter.up_PRD", "user.adapter.up_PRD"):
+        assert not began[name][:2].any()
+        assert torch.equal(began[name][2], theirs[name][1])
+        assert began[name][2].any()
+    for name in ("items.adapter.down_PDR", "user.adapter.down_PDR"):
+        assert torch.equal(began[name][:2], fresh[name][:2])
+        assert torch.equal(began[name][2], theirs[name][1])
+    left, right, kitchen = began["user.event.weight"].split([2, 2, 3])
+    assert torch.equal(kitchen, theirs["user.event.weight"][3:])
+    assert kitchen.any()
+    assert not left.any()
+    assert not right.any()
+    distance = "user.blocks.0.attention.distance.weight"
+    left, right, kitchen = began[distance].chunk(3)
+    torch.testing.assert_close(left, torch.stack(theirs[distance].chunk(2)).mean(0))
+    assert torch.equal(left, right)
+    assert torch.equal(kitchen, theirs[distance][12:])
+    # Memory holds what the encoder that it began with makes of each text.
+    opened: Any = open_run(tmp_path / "run", ALONE)
+    text_NH = encode_catalog(opened.model.encode_texts, list(opened.inputs.caches.values()), ALONE, batch_tokens=4096)
+    torch.testing.assert_close(began["memory.vector_IH"], text_NH, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_begins_with_a_checkpoint_of_weights_alone_and_its_temperature(
+    base: Path, run: Path, other: Path, tmp_path: Path
+) -> None:
+    keys = ["data.platforms=[left]", "train.init_checkpoint=4", "objective.temperature=0.1", *STILL]
+    began, theirs = weights(adapted(base, tmp_path, other, *keys)), weights(run, "4")
+    assert torch.equal(began["items.project.weight"], theirs["items.project.weight"])
+    ours, started = float(began["temperature.offset"]), np.log(0.1)
+    assert started - ours == pytest.approx(np.log(0.07) - float(theirs["temperature.offset"]), abs=1e-6)
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_adapters_alone_leave_everything_shared_as_it_was(base: Path, run: Path, both: Path, tmp_path: Path) -> None:
+    keys = ["train.adapt=adapters", "engine.name=deepspeed", "batch.fresh_items=0"]
+    after, before = weights(adapted(base, tmp_path, both, *keys)), weights(run, "best")
+    shared = {name: value for name, value in before.items() if not (is_own(name) or name.startswith("memory."))}
+    assert not changed(shared, after)
+    fresh = weights(adapted(base, tmp_path / "fresh", both, *STILL))
+    own = {name for name in after if is_own(name)}
+    assert {name for name in changed(fresh, after) if not name.startswith("memory.")} == own
+    assert not set(store_names(tmp_path / "run", "exp_avg")) - own
+
+
+def store_names(run: Path, kind: str) -> list[str]:
+    store = store_in(run / "checkpoints")
+    commit = store.latest()
+    assert commit is not None
+    return list(store.open(commit).names(kind))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory, base: Path, other: Path) -> Path:
+    """A run on the unseen platforms with LoRA of rank 3."""
+    return adapted(base, tmp_path_factory.mktemp("lora"), other, "data.platforms=[left,right]", *LORA)
+
+
+LORA = ["train.adapt=lora", "train.lora.rank=3", "train.lora.alpha=5", "optimizer.encoder_lr=0"]
+
+
+def test_lora_trains_its_own_weights_and_each_platforms_alone(run: Path, lora: Path) -> None:
+    before, after = weights(run, "best"), weights(lora)
+    for name, value in before.items():
+        layer, _, kind = name.rpartition(".")
+        kept = f"{layer}.base_layer.{kind}" if f"{layer}.base_layer.{kind}" in after else name
+        if not is_own(name) and not name.startswith("memory."):
+            assert torch.equal(after[kept], value), name
+    added = {name for name in after if ".lora_" in name}
+    assert len(added) == 2 * 2 * 6  # two matrices for each of a layer's six maps
+    assert {after[name].shape[0] for name in added if ".lora_A." in name} == {3}
+    assert all(after[name].any() for name in added if ".lora_B." in name)
+    assert set(store_names(lora, "exp_avg")) == added | {name for name in after if is_own(name)}
+
+
+@torch.no_grad()
+def text_vectors(folder: Path, texts: list[str]) -> Tensor:
+    """Mean of the last hidden states under what `AutoModel` opens."""
+    model, tokenizer = (
+        AutoModel.from_pretrained(folder, use_safetensors=True).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")
+    mask = tokens["attention_mask"][:, :, None]
+    return (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)  # type: ignore[no-any-return]
+
+
+def test_an_export_of_a_lora_run_is_a_plain_model_with_its_vectors(lora: Path, tmp_path: Path) -> None:
+    """The run's own vectors by hand: each map's weight and its product, from the checkpoint."""
+    texts = ["red lamp", "small green mug clock", "tea"]
+    assert main(["checkpoint", "to-hf", str(lora), "latest", "--out", str(tmp_path / "hf")]) == 0
+    assert main(["export", str(lora), "--checkpoint", "latest", "--out", str(tmp_path / "out")]) == 0
+    assert not list(tmp_path.rglob("adapter_*"))
+    saved = weights(lora)
+    plain = AutoModel.from_pretrained(tmp_path / "hf").eval()
+    wanted = {}
+    for name in plain.state_dict():
+        base, layer = f"encoder.model.{name}", f"encoder.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.default.weight" in saved:
+            product = saved[f"{layer}.lora_B.default.weight"] @ saved[f"{layer}.lora_A.default.weight"]
+            wanted[name] = saved[f"{layer}.base_layer.weight"] + 5 / 3 * product
+        else:
+            stored = base if base in saved else f"encoder.model.{name.removesuffix('.bias')}.base_layer.bias"
+            wanted[name] = saved[stored]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-7)
+    untuned = AutoModel.from_config(plain.config).eval()
+    untuned.load_state_dict(wanted)
+    untuned.save_pretrained(tmp_path / "hand")
+    AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hand")
+    own = text_vectors(tmp_path / "hand", texts)
+    for folder in ("hf", "out"):
+        torch.testing.assert_close(text_vectors(tmp_path / folder, texts), own, rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "out/recommender/items").iterdir()) == ["left.arrow", "right.arrow"]
+
+
+def test_a_lora_runs_evaluation_is_what_it_saw_in_training(lora: Path, tmp_path: Path) -> None:
+    """Validation ran with peft's layers, evaluation with merged weights."""
+    copy = tmp_path / "run"
+    shutil.copytree(lora, copy)
+    score_run(copy, ALONE, ["evaluate.split=valid", "evaluate.checkpoint=latest", *QUICK])
+    lines = [json.loads(line) for line in (lora / "log.jsonl").read_text().splitlines()]
+    valid = [line["valid"] for line in lines if "valid" in line][-1]
+    found = read_json(copy / "metrics-valid-step-12.json")["platforms"]
+    for name in ("left", "right"):
+        assert found[name]["valid"]["ndcg@50"] == pytest.approx(valid[name]["ndcg@50"], abs=1e-3)
+
+
+def test_killed_and_resumed_equals_uninterrupted_and_needs_the_first_run_no_more(
+    base: Path, other: Path, lora: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(base.parent / "run", first)
+    keys = [
+        f"run={tmp_path / 'run'}",
+        f"data.path={other}",
+        "data.platforms=[left,right]",
+        f"train.init_from={first}",
+        *LORA,
+    ]
+
+    class Killed(Exception):
+        pass
+
+    def kill(point: str, step: int | None = None) -> None:
+        if (point, step) == ("step", 9):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failpoints, "reach", kill)
+        with pytest.raises(Killed):
+            run_job(load_config(RunConfig, base, keys), World())
+    shutil.rmtree(first)
+    assert train(base, *keys) == tmp_path / "run"
+    assert "resuming from the checkpoint of step 6" in (tmp_path / "run/log.txt").read_text()
+    assert losses(tmp_path / "run") == losses(lora)
+    assert not changed(weights(tmp_path / "run"), weights(lora))
+    # A run that adapts a LoRA run begins with its merged weights.
+    again = weights(
+        train(
+            base,
+            *keys[1:3],
+            f"run={tmp_path / 'again'}",
+            f"train.init_from={lora}",
+            "train.init_checkpoint=latest",
+            *STILL,
+        )
+    )
+    store = open_run(lora, ALONE, choice="latest").model.state_dict()
+    assert not changed({name: store[name] for name in again if not name.startswith("memory.")}, again)
+    for key in ("train.adapt=adapters", "train.lora.rank=4"):
+        with pytest.raises(StateMismatch, match=key.partition("=")[0]):
+            run_job(load_config(RunConfig, base, [*keys, key]), World())
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_values(base: Path, other: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    wide, deep, foreign = (make_tiny_encoder(tmp_path / name) for name in ("wide", "deep", "foreign"))
+    shape = BertConfig.from_pretrained(wide)
+    BertModel(BertConfig(**{**shape.to_dict(), "intermediate_size": 48})).save_pretrained(wide)
+    BertModel(BertConfig(**{**shape.to_dict(), "num_hidden_layers": 1})).save_pretrained(deep)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["lamp"], words["chair"] = words["chair"], words["lamp"]
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name, keys, expected in (
+        ("dim", ["model.dim=8"], r"model\.dim: 16 there, 8 in this config"),
+        (
+            "user",
+            ["model.user.layers=2", "objective.normalize=false"],
+            r"(?s)user\.layers: 1 there, 2 .*normalize: True",
+        ),
+        ("wide", [f"model.encoder.name={wide}"], r"(?s)\[64, 32\] in the checkpoint of .*, \[48, 32\] in this config"),
+        ("deep", [f"model.encoder.name={deep}"], r"encoder.layer.1.*is in the checkpoint of .* and not in this config"),
+        ("foreign", [f"model.encoder.name={foreign}"], r"tokenizer \w+, but that of .*foreign is \w+; .*tiny-bert"),
+        ("step", ["train.init_checkpoint=5"], r"no checkpoint of step 5"),
+        ("nowhere", [f"train.init_from={tmp_path}/nowhere"], r"no run folder"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            adapted(base, tmp_path / name, other, "data.platforms=[left,right]", *keys)
+    for section in (
+        {"adapt": "lora"},
+        {"init_from": "a", "task": "rank"},
+        {"init_from": "a", "adapt": "head"},
+        {"init_from": "a", "init_checkpoint": "newest"},
+    ):
+        with pytest.raises(ConfigError, match=r"train\.(adapt|init_from|init_checkpoint)="):
+            TrainConfig(**section)  # type: ignore[arg-type]
+
+
+# A share of the users
+
+
+@pytest.mark.usefixtures("user_key")
+def test_a_share_of_the_users_trains_and_all_are_ranked(tmp_path: Path) -> None:
+    rows = prepare_toys.random_rows(5, users=400, items=60, most=12)
+    found, drawn = {}, {}
+    for share in (1.0, 0.5, 0.1):
+        folder = tmp_path / str(share)
+        block = {**prepare_toys.write_shop(folder / "raw", rows, items=60), "train_users": share}
+        found[share] = prepare(prepare_toys.config_of(folder, {"shop": block}), progress=False).manifest
+        samples = prepare_toys.samples_of(found[share], "shop")
+        drawn[share] = {sample["user"] for sample in samples}
+        shop, counts = found[share].platform("shop"), Catalog.open(found[share], "shop").counts
+        assert shop.train_samples == len(samples)
+        assert shop.train_rows == counts.sum()
+        assert counts.sum() >= sum(
+            len(sample["items"]) for sample in samples
+        )  # a first row that nothing follows counts
+    everyone = EvalSet.open(found[1.0], "shop", "test").users.to_pylist()
+    assert drawn[0.1] < drawn[0.5] < drawn[1.0]
+    assert 0.4 < len(drawn[0.5]) / len(drawn[1.0]) < 0.6
+    assert 0.04 < len(drawn[0.1]) / len(drawn[1.0]) < 0.17
+    first = set(everyone[: len(everyone) // 4]) & drawn[1.0]
+    assert 0.3 < len(first & drawn[0.5]) / len(first) < 0.7  # whoever validates on the first users meets both kinds
+    whole, part = found[1.0].platform("shop"), found[0.1].platform("shop")
+    assert (part.split_fingerprint, part.items, part.users) == (whole.split_fingerprint, whole.items, whole.users)
+    assert [part.valid.sha256, part.test.sha256] == [whole.valid.sha256, whole.test.sha256]
+    own = {sample["user"]: sample["items"] for sample in prepare_toys.samples_of(found[1.0], "shop")}
+    assert all(own[sample["user"]] == sample["items"] for sample in prepare_toys.samples_of(found[0.1], "shop"))
+    for wrong in (0, 1.5):
+        with pytest.raises(ConfigError, match=r"shop\.train_users: .*above 0 and at most 1"):
+            prepare_toys.config_of(tmp_path, {"shop": {**block, "train_users": wrong}})
