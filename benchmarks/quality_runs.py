@@ -114,7 +114,7 @@ def rank_run(run: Path) -> dict[str, dict[str, Any]]:
         caches = [opened.inputs.caches[name] for name in opened.manifest.platforms]
         text_NH = encode_catalog(model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens)
         for split in SPLITS:
-            for subject in subjects(opened.manifest, split):
+            for subject in subjects(opened.manifest, split, opened.config.model.neighbours):
                 scorer_of = model_scorer(model, text_NH, subject, comm.device)
                 ranks.setdefault(subject.name, {})[split] = shared_ranks(subject, scorer_of, comm)
     return ranks

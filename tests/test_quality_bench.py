@@ -29,6 +29,7 @@ from dtrain.data.evalset import Ragged
 from dtrain.model.config import EncoderConfig
 from dtrain.train import baselines
 from dtrain.train.metrics import gains
+from dtrain.train.ranking import history_scorer
 from tests.eval_toys import prepared, train_counts
 from tests.train_toys import run_config
 
@@ -101,7 +102,7 @@ def test_untuned_transitions_are_the_products_own_baseline(tmp_path: Path) -> No
     side = Side.open(prepared(tmp_path), "left", ENCODER, tmp_path)
     users = side.users["test"]
     table = baselines.count_transitions(side.manifest, "left", train_counts("left"), ALONE)
-    own = baselines.transitions(table, users.histories)
+    own = history_scorer(table, users.histories)
     params = {"decay": 1.0, "last": 10, "source": 1.0, "target": 0.0}
     found = scores(transitions(side)(params, users.histories), users.histories)
     np.testing.assert_allclose(found, scores(own, users.histories), rtol=1e-5)

@@ -48,7 +48,7 @@ def transitions(side: Side) -> Any:
     source = 1, target = 0, decay = 1, last = 10 is the product's own baseline.
     """
     table = count_transitions(side.manifest, side.name, side.counts, ALONE)
-    share_NN = sp.csr_matrix((table.weight, table.item, table.offset), (side.items, side.items))
+    share_NN = sp.csr_matrix((table.weight_E, table.item_E, table.offset_N), (side.items, side.items))
     return _counted(side, sp.diags(np.maximum(side.counts, 1.0)) @ share_NN)
 
 
