@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "fit_neighbours",
     "model_scorer",
+    "own_scorer",
     "platform_report",
     "validate",
     "with_aggregates",
