@@ -32,7 +32,7 @@ from typing import IO, Any
 import psutil
 
 from dtrain.core.errors import CheckpointError, Superseded
-from dtrain.core.storage import json_text, read_jsonl, write_json, write_text
+from dtrain.core.storage import json_text, read_json, read_jsonl, write_json, write_text
 from dtrain.train.runfiles import RunFiles
 
 __all__ = [
@@ -191,6 +191,15 @@ class RunFolder:
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
         if self.files.remote:
             threading.Thread(target=self._keep_pushing, name="dtrain-push", daemon=True).start()
+
+    def amend(self, facts: Mapping[str, Any]) -> None:
+        """Facts that have changed since `start`. A disk that is full does not end the run here, as in `log`."""
+        if not self.writes:
+            return
+        try:
+            write_json(self.path / "facts.json", {**read_json(self.path / "facts.json"), **facts})
+        except OSError as error:
+            log.error("facts.json does not have %s: %s", dict(facts), error)
 
     def wall_s(self) -> float:
         """Seconds since this start began, to a tenth."""
