@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from dtrain.cli.audit import audit_run
 from dtrain.cli.main import main
+from dtrain.core import failpoints
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
-from dtrain.core.errors import CheckpointError, ConfigError, CorruptFile, StateMismatch
+from dtrain.core.errors import ConfigError, CorruptFile, StateMismatch
+from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.eras import Eras
 from dtrain.data.mixture import PERIOD, Mixture, MixtureConfig, proportions
-from dtrain.train.binding import binding
+from dtrain.train.bootstrap import paired_bootstrap
 from dtrain.train.compare import compare_runs
 from dtrain.train.config import RunConfig, TrainConfig
 from dtrain.train.job import run_job
 from dtrain.train.loop import LoopState
-from dtrain.train.metrics import gains
-from dtrain.train.ranks import read_ranks
+from dtrain.train.ranks import Ranks, read_ranks
+from dtrain.train.report import write_report
 from dtrain.train.score import score_run
 from dtrain.train.stopflag import StopFlag
 from dtrain.train.stopping import Stopping, aggregate
 from tests.ranks import SERVER, run_ranks
 from tests.store_toys import newest
-from tests.train_toys import run_config, write_shops
+from tests.stream_toys import bare_manifest
+from tests.test_resume import CONFIG, bound
+from tests.train_toys import run_config
 
 ALONE = Comm(World(), torch.device("cpu"))
 SAMPLES = {"big": 6000, "mid": 3000, "small": 1000}
@@ -96,41 +105,278 @@ def test_the_geometric_mean_counts_a_tenth_more_alike_everywhere() -> None:
     assert 0 < aggregate({"a": 0.0, "b": 0.4}, "geometric") < aggregate(before, "geometric")
 
 
-# Runs. kitchen's items are all alike in their second half... see `uneven`
+# Runs, whose platforms' metrics are scripted: kitchen is best at step 3, garden at 12, so that with a patience of 2
+# validations kitchen rests from step 9 on, and the run stops at 18.
+
+STEPS, SEGMENT, END = 40, 9, 18
+TRAIN = {"steps": STEPS, "valid_every": 3, "checkpoint_every": 4, "platform_patience": 2, "log_every": 2}
+
+
+class AskedAt(StopFlag):
+    """Asks for a stop when it was looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self._left = looks
+
+    def agree(self, comm: Comm) -> bool:
+        if self._left == 0:
+            self.ask("SIGUSR1")
+        self._left -= 1
+        return super().agree(comm)
+
+
+def scripted(config: RunConfig, inputs: Any, engine: Any, comm: Comm) -> Callable[[], dict[str, dict[str, float]]]:
+    """In place of a validator."""
+
+    def metrics() -> dict[str, dict[str, float]]:
+        step = engine.state()["steps"]
+        return {"garden": {"ndcg@10": 0.5 - 0.02 * abs(step - 12)}, "kitchen": {"ndcg@10": 0.2 - 0.01 * abs(step - 3)}}
+
+    return metrics
+
+
+def start(config: str, run: str, *keys: str, world: World = World(), stop: StopFlag | None = None) -> str:  # noqa: B008
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dtrain.train.job.validator", scripted)
+        return run_job(load_config(RunConfig, config, [f"run={run}", *keys]), world, stop)
+
+
+def start_ranks(comm: Comm, config: str, run: str, looks: int | None, *keys: str) -> list[str]:
+    """Start the run until it ends by itself, rank 1 asking for a stop after so many looks of each start."""
+    found: list[str] = []
+    while not found or found[-1] == "stopped":
+        stop = AskedAt(looks) if looks is not None and comm.world.rank == 1 else StopFlag()
+        found.append(start(config, run, *keys, world=comm.world, stop=stop))
+        assert len(found) < STEPS
+    return found
+
+
+def start_to_die(points: str, config: str, run: str, *keys: str) -> None:
+    os.environ[failpoints.VARIABLE] = points
+    start(config, run, *keys)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
-    """A run of which a platform comes to rest and, later, the other too."""
-    return run_config(
-        tmp_path_factory.mktemp("control"),
-        shops,
-        tiny_encoder,
-        train={"steps": 40, "valid_every": 3, "checkpoint_every": 4, "platform_patience": 2, "log_every": 1},
-        optimizer={"lr": 0.03},
-        mixture={"rest_share": 0.1},
-    )
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """log.jsonl without times."""
-    timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "checkpoint_s", "wall_s"}
-    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in found]
-
-
-def start(config: Path, run: Path, *keys: str, stop: StopFlag | None = None) -> str:
-    return run_job(load_config(RunConfig, config, [f"run={run}", *keys]), World(), stop)
+def config(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> str:
+    return str(run_config(tmp_path_factory.mktemp("control"), shops, tiny_encoder, train=TRAIN))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, config: str) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    print(start(config, run))
+    assert start(config, str(run)) == "stopped_early"
     return run
 
 
-def test_look(whole):
-    print((whole / "log.txt").read_text())
-    print((whole / "facts.json").read_text())
-    assert 0
+def kept(run: Path) -> tuple[list[dict[str, Any]], pa.Table, dict[str, torch.Tensor], Any]:
+    """What must not depend on how a run was cut: its log without times, ledger, last checkpoint and segments."""
+    timed = {"targets_per_s", "tokens_per_s", "step_s", "data_wait", "checkpoint_s", "wall_s"}
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    commit, tensors, ledger = newest(run / "checkpoints")
+    state = commit.state["eras"], commit.state["loop"]["platforms"], commit.step
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines], ledger, tensors, state
+
+
+def assert_same(run: Path, other: Path) -> None:
+    (log, ledger, tensors, state), expected = kept(run), kept(other)
+    assert state == expected[3]
+    assert ledger.equals(expected[1])
+    assert log == expected[0]
+    assert tensors.keys() == expected[2].keys()
+    assert all(torch.equal(tensor, expected[2][name]) for name, tensor in tensors.items())
+
+
+def shares_of(ledger: pa.Table, platform: str, first: int, end: int) -> float:
+    rows = [row["platform"] == platform for row in ledger.to_pylist() if first <= row["step"] < end]
+    return sum(rows) / len(rows)
+
+
+def test_a_platform_rests_and_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, ledger, _, (eras, platforms, step) = kept(whole)
+    assert step == END
+    assert [segment["from_step"] for segment in eras[0]["mixture"]["segments"]] == [0, SEGMENT]
+    before, after = (shares_of(ledger, "kitchen", *steps) for steps in ((0, SEGMENT), (SEGMENT, END)))
+    assert after == pytest.approx(0.1 * before, abs=0.01)
+    assert platforms["kitchen"] == {"patience": 2, "best": 0.2, "best_step": 3, "waited": 2}
+    rests = {line["step"]: line for line in log if "at_rest" in line}
+    assert rests[SEGMENT]["at_rest"] == ["kitchen"]
+    assert rests[SEGMENT]["mixture"]["garden"] > 0.9
+    assert (rests[END]["at_rest"], rests.keys()) == (["garden", "kitchen"], {SEGMENT, END})
+    text = (whole / "log.txt").read_text()
+    assert "step 9: kitchen has no new best ndcg@10 since step 3 (0.2000), which is 2 validations" in text
+    facts = json.loads((whole / "facts.json").read_text())
+    assert facts["at_rest"] == ["kitchen"]
+    assert facts["mixture"] == rests[SEGMENT]["mixture"]
+    assert json.loads((whole / "outcome.json").read_text())["status"] == "stopped_early"
+    assert "From step 9 on at rest: kitchen." in write_report(whole).read_text()
+    assert audit_run(str(whole)) == 0
+    assert f"{END} steps, 0 missing, 0 not as planned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("killed_before", "keys", "newest_step"),
+    [
+        (9, [], 8),  # before the validation that brings the segment
+        (10, [], 9),  # between it and the segment's first step: a best, so it was saved
+        (10, ["train.aggregate=worst"], 8),  # the same where it was not
+        (11, ["train.aggregate=worst"], 8),  # in the segment, which no checkpoint knows of
+        (14, ["stream.prefetch=7"], 12),  # after
+    ],
+)
+def test_a_run_killed_around_the_segment_ends_as_an_unbroken_one(
+    whole: Path, config: str, tmp_path: Path, killed_before: int, keys: list[str], newest_step: int
+) -> None:
+    points, run = tmp_path / "points.json", tmp_path / "run"
+    points.write_text(json.dumps([{"rank": 0, "step": killed_before, "phase": "step", "do": "kill"}]))
+    process = SERVER.Process(target=start_to_die, args=(str(points), config, str(run), *keys), daemon=True)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert newest(run / "checkpoints")[0].step == newest_step
+    assert start(config, str(run), *keys) == "stopped_early"
+    assert_same(run, whole)
+
+
+def test_ranks_agree_on_the_segment_and_a_stop_before_each_validation_changes_nothing(
+    whole: Path, config: str, tmp_path: Path
+) -> None:
+    unbroken, cut = tmp_path / "unbroken", tmp_path / "cut"
+    assert run_ranks(2, tmp_path, start_ranks, config, str(unbroken), None) == [["stopped_early"]] * 2
+    statuses = run_ranks(2, tmp_path, start_ranks, config, str(cut), 3)
+    assert statuses == [["stopped"] * (END // 3) + ["stopped_early"]] * 2
+    assert_same(cut, unbroken)
+    alone, both = kept(whole), kept(unbroken)
+    assert both[3] == alone[3]
+    columns = ["step", "platform", "shard", "row"]
+    assert both[1].select(columns).equals(alone[1].select(columns))
+
+
+def test_another_mixture_counts_for_those_at_rest_too_and_without_patience_none_rests(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = tmp_path / "begun"
+    assert start(config, str(begun), "train.steps=12", "schedule.total_steps=40") == "completed"
+    more = ["schedule.total_steps=40", "train.steps=16"]
+    for name, keys, share in (
+        ("weights", ["mixture.weights.kitchen=0.8"], 0.08),
+        ("less", ["mixture.rest_share=0"], 1 / PERIOD),
+        ("none", ["train.platform_patience=0"], 0.5),
+    ):
+        run = tmp_path / name
+        shutil.copytree(begun, run)
+        with pytest.raises(StateMismatch, match=r"train\.resume_data=continue"):
+            start(config, str(run), *more, *keys)
+        assert start(config, str(run), *more, *keys, "train.resume_data=continue") == "completed"
+        eras = Eras.from_json(kept(run)[3][0])
+        assert [segment.from_step for segment in eras.current.mixture.segments] == [0, 9, 12]
+        assert eras.current.mixture.shares()["kitchen"] == pytest.approx(share, abs=0.01)
+        assert audit_run(str(run)) == 0
+    run = tmp_path / "metric"  # may change without resume_data: stopping starts anew, and so do the shares
+    shutil.copytree(begun, run)
+    assert start(config, str(run), *more, "train.aggregate=worst") == "completed"
+    assert Eras.from_json(kept(run)[3][0]).current.mixture.shares()["kitchen"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_run_without_platform_patience_is_bound_by_none_of_its_keys() -> None:
+    """Else a run that began before there were any could not go on."""
+    manifest, keys = bare_manifest({"left": (40, [17])}), {"train.platform_patience", "mixture.rest_share"}
+    assert not keys & bound(CONFIG, manifest).keys()
+    patient = dataclasses.replace(CONFIG, train=TrainConfig(platform_patience=3))
+    assert keys <= bound(patient, manifest).keys()
+
+
+# Comparisons
+
+
+def ranked(folder: Path, ranks: dict[str, list[int]], checkpoint: str = "c", **platform: Any) -> Path:
+    """A ranks.arrow of these platforms, whose users are u000, u001, ..."""
+    kept_ranks, path = Ranks(), folder / f"ranks-{len(list(folder.iterdir()))}.arrow"
+    for name, rank in ranks.items():
+        users: Any = SimpleNamespace(users=pa.array([f"u{i:03d}" for i in range(len(rank))]))
+        about = {"split_fingerprint": "f", "items": 90, **platform}
+        subject: Any = SimpleNamespace(name=name, split="test", users=users, **about)
+        kept_ranks.add(subject, np.array(rank))
+    kept_ranks.write(path, {"split": "test", "ranked": "full catalogue", "step": 7, "checkpoint": checkpoint})
+    return path
+
+
+def test_verdicts_are_those_of_the_paired_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ranked(tmp_path, {"left": [1] * 30 + [20] * 10, "right": [20] * 40, "even": [1, 20] * 20, "own": [3]})
+    other = ranked(tmp_path, {"left": [20] * 40, "right": [1] * 40, "even": [20, 1] * 20})
+    found = compare_runs(str(run), [str(other)], resamples=1000)
+    blocks = found["others"][0]["platforms"]
+    verdicts = {name: block["recall@10"]["verdict"] for name, block in blocks.items()}
+    assert verdicts == {"left": "ahead", "right": "behind", "even": "no difference shown"}
+    left = blocks["left"]["recall@10"]
+    assert (blocks["left"]["users"], left["run"], left["other"]) == (40, 0.75, 0.0)
+    want = paired_bootstrap(np.array([1.0] * 30 + [0.0] * 10), seed=seed_of(0, "left", "recall@10"), resamples=1000)
+    assert left["difference"] == dataclasses.asdict(want)  # type: ignore[arg-type]
+    assert found["others"][0]["lacks"] == ["own"]
+    assert main(["compare", str(run), str(other)]) == 0
+    said = capsys.readouterr().out
+    assert f"behind on: right ({other})" in said
+    assert f"{other} has no own" in said
+
+
+def test_users_are_paired_by_their_hash_and_not_by_their_place(tmp_path: Path) -> None:
+    """A reranker ranks the first of them only."""
+    run = ranked(tmp_path, {"left": [1, 2, 3, 4]})
+    fewer = ranked(tmp_path, {"left": [1, 2]})
+    block = compare_runs(str(run), [str(fewer)], resamples=1000)["others"][0]["platforms"]["left"]
+    assert (block["users"], block["ndcg@10"]["difference"]["mean"]) == (2, 0.0)
+
+
+def test_other_splits_and_catalogues_and_platforms_are_refused(tmp_path: Path) -> None:
+    run = str(ranked(tmp_path, {"left": [1]}))
+    for change in ({"split_fingerprint": "g"}, {"items": 91}):
+        with pytest.raises(StateMismatch, match=r"left: .*'f'.*'items': 90.* against .*"):
+            compare_runs(run, [str(ranked(tmp_path, {"left": [1]}, **change))])
+    with pytest.raises(ConfigError, match="none of left"):
+        compare_runs(run, [str(ranked(tmp_path, {"right": [1]}))])
+    with pytest.raises(ConfigError, match="not valid; give --split"):
+        compare_runs(run, [run], split="valid")
+    torn = tmp_path / "torn.arrow"
+    torn.write_bytes(Path(run).read_bytes()[:-9])
+    with pytest.raises(CorruptFile, match=r"torn\.arrow"):
+        compare_runs(run, [str(torn)])
+
+
+def test_two_runs_are_compared_on_what_they_were_evaluated_on(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"steps": 4, "valid_every": 2, "checkpoint_every": 0, "aggregate": "worst"}
+    for name, platforms in (("joint", []), ("solo", ["kitchen"])):
+        data = {"platforms": platforms}
+        config = run_config(tmp_path / name, shops, tiny_encoder, train=train, data={"path": str(shops), **data})
+        assert run_job(load_config(RunConfig, config), World()) == "completed"
+    joint, solo = (tmp_path / name / "run" for name in ("joint", "solo"))
+    assert main(["compare", str(joint), str(solo)]) == 2
+    assert f"dtrain evaluate {joint}" in capsys.readouterr().err
+    for run in (joint, solo):
+        score_run(run, ALONE, ["evaluate.resamples=1000"])
+    metrics = {run: json.loads((run / "metrics.json").read_text()) for run in (joint, solo)}
+    assert main(["compare", str(joint), str(solo)]) == 0
+    found = json.loads((joint / "compare.json").read_text())
+    block = found["others"][0]["platforms"]["kitchen"]
+    for metric in ("ndcg@10", "recall@10"):
+        for who, run in (("run", joint), ("other", solo)):
+            assert block[metric][who] == pytest.approx(metrics[run]["platforms"]["kitchen"]["test"][metric])
+    assert block["users"] == metrics[joint]["platforms"]["kitchen"]["users"]
+    assert "Against other runs" in (joint / "report.html").read_text()
+
+    # What evaluate took is the best by the aggregate that the config names, and `checkpoint ls` shows it.
+    lines = [json.loads(line) for line in (joint / "log.jsonl").read_text().splitlines()]
+    worst = {line["step"]: line["valid"]["worst"]["ndcg@10"] for line in lines if "valid" in line}
+    best = max(worst, key=lambda step: worst[step])
+    assert metrics[joint]["step"] == best
+    capsys.readouterr()
+    assert main(["checkpoint", "ls", str(joint)]) == 0
+    assert f"best={worst[best]:.4g}" in capsys.readouterr().out
+
+    # Ranks of a best that the run has left behind are not its ranks.
+    ranks = read_ranks(solo / "ranks.arrow")
+    again = ranked(tmp_path, {"kitchen": ranks.table["rank"].to_pylist()}, checkpoint="another's")
+    again.rename(solo / "ranks.arrow")
+    assert main(["compare", str(joint), str(solo)]) == 4
+    assert "run `dtrain evaluate` again" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The content of metrics.json: every platform's metrics, slices, baselines and intervals, and the aggregates.
 
-        `model` in eval mode with whole weights; `text_NH` the text vectors of all items, `plain_NH` those of the pretrained
+    `model` in eval mode with whole weights; `text_NH` the text vectors of all items, `plain_NH` those of the pretrained
     encoder (see `baselines.untuned_encoder`); `keep` is given the model's ranks of each platform's users. Values are
     floats, or None for a slice without users; never NaN.
     """
