@@ -4,7 +4,8 @@ config.yaml    the resolved config          log.jsonl     one JSON object a logg
 facts.json     versions, fingerprints       log.txt       the human log of rank 0
 outcome.json   how it stands or ended       tensorboard/  the curves as events
 timeline.jsonl one JSON object a start: when, why, from which step, on how many ranks and on which machines
-checkpoints/   the checkpoint store         metrics.json, report.html  written by `dtrain evaluate`
+checkpoints/   the checkpoint store         metrics.json, ranks.arrow, report.html  written by `dtrain evaluate`
+compare.json   written by `dtrain compare`
 stop-START     asks the start of the run with that id to stop; there for moments only
 
 Each start of a run has a random id, which outcome.json names, so that a request to stop never meets a later start.
