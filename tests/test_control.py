@@ -74,7 +74,7 @@ def test_a_share_at_rest_is_a_share() -> None:
             MixtureConfig(rest_share=value)
     for key in ("patience", "platform_patience"):
         with pytest.raises(ConfigError, match=f"train.{key}=-1"):
-            TrainConfig(**{key: -1})
+            TrainConfig(**{key: -1})  # type: ignore[arg-type]
 
 
 # Stopping
@@ -186,7 +186,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 def shares_of(ledger: pa.Table, platform: str, first: int, end: int) -> float:
     rows = [row["platform"] == platform for row in ledger.to_pylist() if first <= row["step"] < end]
-    return sum(rows) / len(rows)
+    return float(np.mean(rows))
 
 
 def test_a_platform_rests_and_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,8 @@ def test_a_platform_rests_and_says_so(whole: Path, capsys: pytest.CaptureFixture
     rests = {line["step"]: line for line in log if "at_rest" in line}
     assert rests[SEGMENT]["at_rest"] == ["kitchen"]
     assert rests[SEGMENT]["mixture"]["garden"] > 0.9
-    assert (rests[END]["at_rest"], rests.keys()) == (["garden", "kitchen"], {SEGMENT, END})
+    assert rests[END]["at_rest"] == ["garden", "kitchen"]
+    assert list(rests) == [SEGMENT, END]
     text = (whole / "log.txt").read_text()
     assert "step 9: kitchen has no new best ndcg@10 since step 3 (0.2000), which is 2 validations" in text
     facts = json.loads((whole / "facts.json").read_text())
@@ -274,6 +275,14 @@ def test_another_mixture_counts_for_those_at_rest_too_and_without_patience_none_
     shutil.copytree(begun, run)
     assert start(config, str(run), *more, "train.aggregate=worst") == "completed"
     assert Eras.from_json(kept(run)[3][0]).current.mixture.shares()["kitchen"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_run_that_stops_as_a_platform_comes_to_rest_goes_on_with_it_at_rest(config: str, tmp_path: Path) -> None:
+    """Both by the validation of step 9; the run's own patience may be raised at any time."""
+    keys, run = ["train.aggregate=worst", "train.steps=10", "schedule.total_steps=40"], tmp_path / "run"
+    assert start(config, str(run), *keys, "train.patience=2") == "stopped_early"
+    assert start(config, str(run), *keys, "train.patience=9") == "completed"
+    assert [segment["from_step"] for segment in kept(run)[3][0][0]["mixture"]["segments"]] == [0, SEGMENT]
 
 
 def test_a_run_without_platform_patience_is_bound_by_none_of_its_keys() -> None:

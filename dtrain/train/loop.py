@@ -66,10 +66,15 @@ class LoopState:
         return tuple(name for name, own in self.platforms.items() if own.stopped)
 
     @property
-    def stopped(self) -> bool:
-        """Whether early stopping ends the run: by the aggregate, or because each platform that is validated rests."""
+    def exhausted(self) -> bool:
+        """Whether each platform that is validated rests."""
         validated = [own for own in self.platforms.values() if own.best is not None]
-        return self.stopping.stopped or (bool(validated) and all(own.stopped for own in validated))
+        return bool(validated) and all(own.stopped for own in validated)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping ends the run: by the aggregate, or since no platform is left that improves."""
+        return self.stopping.stopped or self.exhausted
 
 
 class Feed(Protocol):
@@ -260,7 +265,8 @@ class Loop:
                 "step %d: %s has no new best %s since step %d (%.4f), which is %d validations",
                 *(state.step, name, self.config.metric, best.best_step, best.best, best.waited),
             )
-        if state.stopped:
+        if state.exhausted:
+            log.info("step %d: that is the last of those that are validated; the run stops", state.step)
             return {"at_rest": list(state.resting)}
         shares = dict(self.feed.rest(state.resting))
         each = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
