@@ -119,6 +119,12 @@ def _dispatch(argv: list[str]) -> int:
     evaluate.add_argument("overrides", nargs="*", default=[])
     evaluate.set_defaults(function=_evaluate)
 
+    compare = commands.add_parser("compare", help="one run against others user by user: where it is ahead or behind")
+    compare.add_argument("run", help="evaluated run: its folder or URL, or a ranks*.arrow")
+    compare.add_argument("others", nargs="+", metavar="other", help="the same; with at least one of its platforms")
+    compare.add_argument("--split", choices=("test", "valid"), default="test", help="test (default) or valid")
+    compare.set_defaults(function=_compare)
+
     audit = commands.add_parser("audit", help="check by a run's ledger that every sample was consumed as planned")
     audit.add_argument("run", help="run folder, or its URL, of a training with stream.ledger=true")
     audit.set_defaults(function=_audit)
@@ -225,6 +231,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dtrain.cli.evaluate import evaluate
 
     return evaluate(arguments.run, arguments.overrides)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    _check_alone("compare")
+    from dtrain.cli.compare import compare
+
+    return compare(arguments.run, arguments.others, arguments.split)
 
 
 def _audit(arguments: argparse.Namespace) -> int:

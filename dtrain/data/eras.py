@@ -17,7 +17,7 @@ from typing import Any
 
 from dtrain.core.errors import CheckpointError, ConfigError
 from dtrain.data.manifest import Manifest
-from dtrain.data.mixture import PERIOD, Mixture
+from dtrain.data.mixture import Mixture
 from dtrain.data.plan import Plan, PlanConfig
 
 __all__ = ["Era", "Eras"]
@@ -65,8 +65,7 @@ class Eras:
     def mixed(self, step: int, mixture: Mixture) -> Eras:
         """The current era with the newest shares of `mixture` from optimizer step `step` on; epochs run on."""
         era = self.current
-        shares = {name: share / PERIOD for name, share in zip(mixture.platforms, mixture.segments[-1].shares)}
-        changed = dataclasses.replace(era, mixture=era.mixture.extended(step - era.from_step, shares))
+        changed = dataclasses.replace(era, mixture=era.mixture.extended(step - era.from_step, mixture.shares()))
         return Eras((*self.eras[:-1], changed))
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Legend of shape suffixes: P platforms, S slots of one period.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -22,6 +22,8 @@ __all__ = ["PERIOD", "Mixture", "MixtureConfig", "Segment", "proportions"]
 #: Sample slots after which a segment's schedule repeats; shares are whole multiples of 1 / PERIOD.
 PERIOD = 4096
 
+_TINY = 1e-9  # a share that counts as nothing, but may take what nobody else may
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
@@ -30,10 +32,14 @@ class MixtureConfig:
     temperature: float = 0.5  # exponent a of p_i ~ n_i ** a over training samples: 1 proportional, 0 equal
     weights: dict[str, float] = field(default_factory=dict)  # shares set by hand; the others split what is left
     caps: dict[str, float] = field(default_factory=dict)  # upper bounds of shares, 0..1; the excess goes to the others
+    rest_share: float = 0.1  # factor on the share of a platform at rest, see train.platform_patience; 0: 1 / PERIOD is
+    # all that it keeps
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 1:
             raise ConfigError(f"mixture.temperature={self.temperature}: must lie in 0 (equal) .. 1 (proportional)")
+        if not 0 <= self.rest_share < 1:
+            raise ConfigError(f"mixture.rest_share={self.rest_share}: must be at least 0 and below 1")
         for key, values in (("weights", self.weights), ("caps", self.caps)):
             for name, value in values.items():
                 if not 0 < value < float("inf") or (key == "caps" and value > 1):
@@ -71,9 +77,9 @@ class Mixture:
                 )
 
     @classmethod
-    def make(cls, config: MixtureConfig, samples: Mapping[str, int]) -> Mixture:
-        """One segment for the whole run from the number of training samples of each platform."""
-        shares = _quantise(proportions(config, samples))
+    def make(cls, config: MixtureConfig, samples: Mapping[str, int], resting: Collection[str] = ()) -> Mixture:
+        """One segment for the whole run from the number of training samples of each platform; see `proportions`."""
+        shares = _quantise(proportions(config, samples, resting))
         return cls(platforms=tuple(samples), segments=(Segment(from_step=0, shares=shares),))
 
     def extended(self, from_step: int, shares: Mapping[str, float]) -> Mixture:
@@ -102,6 +108,10 @@ class Mixture:
             total_P += periods * np.array(segment.shares, np.int64) + prefix_SP[rest]
         return total_P
 
+    def shares(self) -> dict[str, float]:
+        """Each platform's share of the samples, 0..1, in the newest segment."""
+        return {name: share / PERIOD for name, share in zip(self.platforms, self.segments[-1].shares, strict=True)}
+
     def least_shares(self) -> dict[str, float]:
         """Each platform's smallest share of the samples, 0..1, over all segments."""
         shares_P = np.array([segment.shares for segment in self.segments]).min(axis=0) / PERIOD
@@ -125,13 +135,14 @@ class Mixture:
             raise CheckpointError(f"stored mixture: not readable ({type(error).__name__}: {error})") from error
 
 
-def proportions(config: MixtureConfig, samples: Mapping[str, int]) -> dict[str, float]:
+def proportions(config: MixtureConfig, samples: Mapping[str, int], resting: Collection[str] = ()) -> dict[str, float]:
     """Each platform's share of the samples, adding up to 1.
 
     Without weights p_i ~ n_i ** temperature. Platforms in `weights` get theirs (normalised when all are named) and
-    the others split the rest by temperature. A share above its cap is cut to it and the excess goes to the uncapped
-    in proportion, until none is above. Raises ConfigError for unknown names, an empty platform, weights or caps that
-    can't add up to 1.
+    the others split the rest by temperature. Platforms in `resting` keep `rest_share` of that and the others take what
+    they give up, in proportion; if all rest, none does. A share above its cap is cut to it and the excess goes to the
+    uncapped in proportion, until none is above. Raises ConfigError for unknown names, an empty platform, weights or
+    caps that can't add up to 1.
     """
     for key in ("weights", "caps"):
         for name in getattr(config, key):
@@ -149,6 +160,10 @@ def proportions(config: MixtureConfig, samples: Mapping[str, int]) -> dict[str, 
             "name every platform, or keep the total below 1"
         )
     shares = _scaled(rest, 1 - given) | _scaled(config.weights, given if rest else 1.0)
+    kept = {name: share * max(config.rest_share, _TINY) for name, share in shares.items() if name in resting}
+    if 0 < len(kept) < len(shares):
+        active = {name: share for name, share in shares.items() if name not in kept}
+        shares = kept | _scaled(active, 1 - sum(kept.values()))
     shares = _capped(shares, config.caps)
     return {name: shares[name] for name in samples}
 

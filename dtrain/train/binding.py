@@ -57,7 +57,7 @@ RULES = (
         "data",
         "decide which samples a step has",
     ),
-    Rule(("mixture",), "mixture", "decides the platforms' shares of a step"),
+    Rule(("mixture", "train.platform_patience"), "mixture", "decide the platforms' shares of a step"),
     Rule(
         (
             "batch",
@@ -137,6 +137,8 @@ def binding(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         del found[key]
     if config.train.adapt == "all":
         del found["train.adapt"]
+    if not config.train.platform_patience:
+        del found["train.platform_patience"], found["mixture.rest_share"]
     if config.schedule.name == "constant":
         del found["schedule.total_steps"]  # has no end, so a longer run is the same run
     for name, platform in inputs.manifest.platforms.items():

@@ -18,6 +18,7 @@ from dtrain.data.stream import StreamConfig
 from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dtrain.model.config import LoraConfig, ModelConfig, ObjectiveConfig
 from dtrain.train.evaluate import EvaluateConfig
+from dtrain.train.stopping import AGGREGATES
 
 __all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig"]
 
@@ -62,8 +63,10 @@ class TrainConfig:
     valid_remembered: bool = False  # validate with remembered item vectors instead of encoding every item again
     checkpoint_every: int = 200  # steps between checkpoints; every new best is one too; 0: those and the end only
     metric: str = "ndcg@10"  # validated metric that stops the run and picks the best checkpoint
-    aggregate: str = "macro"  # over platforms: macro (mean) or worst
+    aggregate: str = "macro"  # over platforms: macro (mean), worst or geometric (mean, to which ratios count alike)
     patience: int = 0  # validations without a new best before the run stops; 0: never
+    platform_patience: int = 0  # validations without a new best of its own before a platform rests: it keeps
+    # mixture.rest_share of its share, the others take the rest, and when all have come to that the run stops; 0: never
     max_skipped: int = 10  # non-finite steps in a row that end the run
     init_from: str = ""  # run folder or URL whose weights a new run begins with; empty: the pretrained encoder's alone
     init_checkpoint: str = "best"  # of that run: best (the latest where none is) | latest | a step
@@ -76,7 +79,7 @@ class TrainConfig:
             ("task", TASKS),
             ("resume", ("auto", "never")),
             ("resume_data", ("same", "continue", "restart")),
-            ("aggregate", ("macro", "worst")),
+            ("aggregate", AGGREGATES),
             ("adapt", ("all", "adapters", "lora")),
             ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")),
         ):
@@ -88,6 +91,8 @@ class TrainConfig:
             ("log_every", 1),
             ("valid_every", 0),
             ("valid_users", 0),
+            ("patience", 0),
+            ("platform_patience", 0),
             ("checkpoint_every", 0),
             ("max_skipped", 1),
         ):

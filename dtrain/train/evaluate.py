@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +176,13 @@ def evaluate(
     comm: Comm,
     config: EvaluateConfig,
     neighbours: NeighbourConfig | None = None,
+    keep: Callable[[Subject, np.ndarray], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """The content of metrics.json: every platform's metrics, slices, baselines and intervals, and the aggregates.
 
     `model` in eval mode with whole weights; `text_NH` the text vectors of all items, `plain_NH` those of the pretrained
-    encoder (see `baselines.untuned_encoder`). Values are floats, or None for a slice without users; never NaN.
+    encoder (see `baselines.untuned_encoder`); `keep` is given the model's ranks of each platform's users. Values are
+    floats, or None for a slice without users; never NaN.
     """
     platforms = subjects(manifest, config.split, neighbours)
     report: dict[str, Any] = {}
@@ -194,6 +196,7 @@ def evaluate(
             name: shared_ranks(subject, scorer_of, comm, block_bytes=config.block_bytes)
             for name, scorer_of in scorers.items()
         }
+        keep(subject, rank_B["model"])
         report[subject.name] = platform_report(subject, rank_B.pop("model"), rank_B, config)
         seconds = time.perf_counter() - began
         log.info(

@@ -22,18 +22,16 @@ from dtrain.core.errors import ConfigError, LostRank
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
 from dtrain.data.ledger import Ledger
-from dtrain.data.mixture import Mixture
-from dtrain.data.shards import ShardReader
-from dtrain.data.stream import Stream, blocks_at_once
 from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
+from dtrain.train.feed import RunFeed
 from dtrain.train.loop import Loop
 from dtrain.train.open import open_store
-from dtrain.train.resume import go_on
+from dtrain.train.resume import RunState, go_on
 from dtrain.train.runfolder import Observer, RunFolder, open_log, versions
 from dtrain.train.saving import RunSaver
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
@@ -111,21 +109,16 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start
     folder.mark_start(state.step, start.cause, comm.gather_json(start.machine))
     folder.drop_lines_after(state.step, state.validated)
     _keep_encoder(folder, inputs, engine)
-    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run.eras.current.mixture), state.step)
+    folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run), state.step)
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
-    plan = run.eras.current.make_plan(inputs.manifest)
-    readers = {
-        name: ShardReader(inputs.manifest, name, cached_blocks=blocks_at_once(plan.config, comm.world.size, share))
-        for name, share in plan.mixture.least_shares().items()
-    }
-    with Stream(plan, readers, comm.world, state.step, config.stream) as stream:
+    with RunFeed(config, inputs, comm.world, run) as feed:
         loop = Loop(
             config=config.train,
             weights_every=config.checkpoint.weights_every,
             comm=comm,
             platforms=inputs.platforms,
-            stream=stream,
+            feed=feed,
             collate=_collator(config, inputs, comm),
             engine=engine,
             ledger=ledger,
@@ -209,9 +202,8 @@ def _keep_encoder(folder: RunFolder, inputs: Inputs, engine: BaseEngine) -> None
     part.rename(folder.encoder)
 
 
-def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, mixture: Mixture) -> dict[str, Any]:
+def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, run: RunState) -> dict[str, Any]:
     fingerprints = inputs.fingerprints()
-    shares = zip(mixture.platforms, mixture.segments[-1].shares, strict=True)
     return {
         "versions": versions(),
         "encoder": os.path.basename(config.model.encoder.name.rstrip("/")),
@@ -224,7 +216,8 @@ def _facts(config: RunConfig, inputs: Inputs, engine: BaseEngine, comm: Comm, mi
         "engine": config.engine.name,
         "zero_stage": config.engine.zero_stage,
         "precision": engine.precision,
-        "mixture": {name: share / sum(mixture.segments[-1].shares) for name, share in shares},
+        "mixture": run.eras.current.mixture.shares(),
+        "at_rest": list(run.loop.resting),
         "platforms": {
             name: {
                 "language": p.language,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
 from dtrain.data.batch import PairBatch, StepBatch
 from dtrain.data.ledger import Ledger
-from dtrain.data.stream import StepSamples, Stream
+from dtrain.data.stream import StepSamples
 from dtrain.engine.protocol import Engine, StepResult
 from dtrain.train.config import TrainConfig
 from dtrain.train.meter import Meter
@@ -23,7 +23,7 @@ from dtrain.train.runfolder import RunFolder
 from dtrain.train.stopflag import StopFlag
 from dtrain.train.stopping import Stopping, aggregate
 
-__all__ = ["Loop", "LoopState", "Saver"]
+__all__ = ["Feed", "Loop", "LoopState", "Saver"]
 
 log = logging.getLogger("dtrain")
 
@@ -36,6 +36,7 @@ class LoopState:
     validated: int = 0  # step of the last validation; a stop may come between a step and its validation
     skipped_in_a_row: int = 0
     stopping: Stopping = field(default_factory=lambda: Stopping(patience=0))
+    platforms: dict[str, Stopping] = field(default_factory=dict)  # each platform's own; once stopped it stays as it is
     meter: dict[str, Any] | None = None  # what the unfinished window of the log has added up, when last saved
 
     def to_json(self) -> dict[str, Any]:
@@ -44,6 +45,7 @@ class LoopState:
             "validated": self.validated,
             "skipped_in_a_row": self.skipped_in_a_row,
             "stopping": self.stopping.to_json(),
+            "platforms": {name: own.to_json() for name, own in self.platforms.items()},
             "meter": self.meter,
         }
 
@@ -52,7 +54,39 @@ class LoopState:
         self.validated = int(saved["validated"])
         self.skipped_in_a_row = int(saved["skipped_in_a_row"])
         self.stopping = self.stopping.resumed(saved["stopping"])
+        histories = saved.get("platforms", {})  # which earlier versions did not keep
+        self.platforms = {
+            name: own.resumed(histories[name]) if name in histories else own for name, own in self.platforms.items()
+        }
         self.meter = saved["meter"]
+
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """The platforms that have stopped improving."""
+        return tuple(name for name, own in self.platforms.items() if own.stopped)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether each platform that is validated rests."""
+        validated = [own for own in self.platforms.values() if own.best is not None]
+        return bool(validated) and all(own.stopped for own in validated)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping ends the run: by the aggregate, or since no platform is left that improves."""
+        return self.stopping.stopped or self.exhausted
+
+
+class Feed(Protocol):
+    """Where the steps' samples come from."""
+
+    def __next__(self) -> StepSamples:
+        """This rank's samples of the next step."""
+        ...
+
+    def rest(self, platforms: tuple[str, ...]) -> Mapping[str, float]:
+        """From the next step on these platforms rest. Returns every platform's share of the samples, 0..1."""
+        ...
 
 
 class Saver(Protocol):
@@ -75,7 +109,7 @@ class Saver(Protocol):
 class Loop:
     """Steps from `state.step` to `config.steps`, with logging, validation, early stopping and checkpoints.
 
-    `collate` turns the stream's samples into a batch; `validate` ranks the valid split and gives metrics per
+    `collate` turns the feed's samples into a batch; `validate` ranks the valid split and gives metrics per
     platform. All of them are collective calls. Asked to stop, the run ends between two steps with a checkpoint, and the
     next start of it makes up for a validation that was due then.
     """
@@ -84,7 +118,7 @@ class Loop:
     weights_every: int  # steps between weights-only checkpoints; 0: none
     comm: Comm
     platforms: tuple[str, ...]
-    stream: Stream
+    feed: Feed
     collate: Callable[[StepSamples], StepBatch | PairBatch]
     engine: Engine
     ledger: Ledger | None
@@ -116,16 +150,16 @@ class Loop:
         self.saver.finish()
         if self.stop.agreed and (self._validation_due() or not self._ended):
             return "stopped"
-        return "stopped_early" if self.state.stopping.stopped else "completed"
+        return "stopped_early" if self.state.stopped else "completed"
 
     @property
     def _ended(self) -> bool:
-        return self.state.step >= self.config.steps or self.state.stopping.stopped
+        return self.state.step >= self.config.steps or self.state.stopped
 
     def _step(self, progress: Progress) -> None:
         failpoints.reach("step", self.state.step + 1)
         asked = time.perf_counter()
-        samples = next(self.stream)
+        samples = next(self.feed)
         batch = self.collate(samples)
         wait_s = time.perf_counter() - asked
         result = self.engine.train_step(batch)
@@ -199,18 +233,43 @@ class Loop:
         metrics = self.validate()
         name = self.config.metric
         values = {platform: m[name] for platform, m in metrics.items()}
-        macro, worst = aggregate(values, "macro"), aggregate(values, "worst")
-        before = self.state.stopping
-        self.state.stopping = before.after(macro if self.config.aggregate == "macro" else worst, self.state.step)
+        overall = {how: aggregate(values, how) for how in dict.fromkeys(("macro", "worst", self.config.aggregate))}
+        self.state.stopping = self.state.stopping.after(overall[self.config.aggregate], self.state.step)
         self.state.validated = self.state.step
-        self.folder.log(
-            self.state.step,
-            {"valid": {**metrics, "macro": {name: macro}, "worst": {name: worst}}},
-            {f"valid/{name}/{platform}": v for platform, v in {**values, "macro": macro, "worst": worst}.items()},
-        )
         improved = self.state.stopping.waited == 0
         each = ", ".join(f"{platform} {value:.4f}" for platform, value in values.items())
-        mark = " (best)" if improved else ""
-        log.info("step %d: valid %s: %s, macro %.4f%s", self.state.step, name, each, macro, mark)
+        shown = dict.fromkeys(("macro", self.config.aggregate))
+        sums = ", ".join(f"{how} {overall[how]:.4f}" for how in shown)
+        log.info("step %d: valid %s: %s, %s%s", self.state.step, name, each, sums, " (best)" if improved else "")
+        self.folder.log(
+            self.state.step,
+            {"valid": {**metrics, **{how: {name: value} for how, value in overall.items()}}, **self._rest(values)},
+            {f"valid/{name}/{platform}": value for platform, value in {**values, **overall}.items()},
+        )
         self._meter.restart()
         return improved
+
+    def _rest(self, values: Mapping[str, float]) -> dict[str, Any]:
+        """Advance each platform's own early stopping and have those rest that it stops; what to log of that."""
+        state, before = self.state, self.state.resting
+        state.platforms = {
+            name: own if own.stopped or name not in values else own.after(values[name], state.step)
+            for name, own in state.platforms.items()
+        }
+        new = [name for name in state.resting if name not in before]
+        if not new:
+            return {}
+        for name in new:
+            best = state.platforms[name]
+            log.info(
+                "step %d: %s has no new best %s since step %d (%.4f), which is %d validations",
+                *(state.step, name, self.config.metric, best.best_step, best.best, best.waited),
+            )
+        if state.exhausted:
+            log.info("step %d: that is the last of those that are validated; the run stops", state.step)
+            return {"at_rest": list(state.resting)}
+        shares = dict(self.feed.rest(state.resting))
+        each = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        log.info("step %d begins a new segment of the mixture, with %s at rest: %s", state.step, ", ".join(new), each)
+        self.folder.amend({"mixture": shares, "at_rest": list(state.resting)})
+        return {"at_rest": list(state.resting), "mixture": shares}

@@ -48,8 +48,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(run: Path) -> Path:
-    """Write `run/report.html` from the run's metrics.json, log.jsonl, timeline.jsonl, facts.json, outcome.json and
-    config.yaml.
+    """Write `run/report.html` from the run's metrics.json, compare.json, log.jsonl, timeline.jsonl, facts.json,
+    outcome.json and config.yaml.
 
     What is not there yet is left out of the page, which says so. Returns its path.
     """
@@ -62,6 +62,7 @@ def write_report(run: Path) -> Path:
     page = render_report(
         name=run.resolve().name,
         metrics=optional("metrics.json"),
+        comparison=optional("compare.json"),
         log=read_log(run / "log.jsonl"),
         timeline=read_timeline(run),
         facts={**optional("facts.json"), **optional("outcome.json")},
@@ -75,14 +76,19 @@ def render_report(
     *,
     name: str,
     metrics: Mapping[str, Any],
+    comparison: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
     timeline: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     config: str,
 ) -> str:
-    """The page as HTML text; `metrics` as `evaluate` gives them, `log` as `read_log` does, `timeline` as
+    """The page as HTML text; `metrics` as `evaluate` gives them, `comparison` as `compare_runs` does (of another
+    checkpoint than `metrics` it is left out), `log` as `read_log` does, `timeline` as
     `read_timeline`. All text is escaped."""
-    body = [f"<h1>{escape(name)}</h1>", _headline(metrics), *_results(metrics), *_curves(log), *_starts(timeline, log)]
+    body = [f"<h1>{escape(name)}</h1>", _headline(metrics), *_results(metrics)]
+    if comparison and comparison["step"] == metrics.get("step"):
+        body += _compared(comparison)
+    body += [*_curves(log), *_rests(log), *_starts(timeline, log)]
     body.append("<h2>Facts</h2>" + (_facts(facts) if facts else '<p class="none">no facts.json</p>'))
     if config:
         body.append(f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>")
@@ -171,7 +177,7 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
     platforms = list(dict.fromkeys(n for line in train for n in line.get("loss_per_platform", {})))
     metrics = list(dict.fromkeys(m for line in valid for m in line["valid"].get("macro", {})))
     metric = "ndcg@10" if "ndcg@10" in metrics or not metrics else metrics[0]
-    ranked = list(dict.fromkeys(n for line in valid for n in line["valid"] if n != "worst"))
+    ranked = list(dict.fromkeys(n for line in valid for n in line["valid"] if n not in ("worst", "geometric")))
     losses = [_series(name, train, "loss_per_platform", name) for name in platforms]
     if len(platforms) != 1:
         losses.append(_series("all", train, "loss"))
@@ -188,6 +194,70 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
         for title, lines, zero in charts
     )
     return [f'<h2>Curves</h2><div class="cards">{cards}</div>']
+
+
+def _compared(comparison: Mapping[str, Any]) -> list[str]:
+    """The run against the others that `dtrain compare` was given, platform by platform."""
+    bars: dict[str, list[Bar]] = {}
+    rows = []
+    for other in comparison["others"]:
+        for name, block in other["platforms"].items():
+            for metric in ("ndcg@10", "recall@10"):
+                values, lead = block[metric], block[metric]["difference"]
+                ours = values["run"]
+                if metric == "ndcg@10":
+                    drawn = bars.setdefault(name, [Bar(name="this run", value=ours)])
+                    label = Path(other["run"]).name
+                    drawn.append(
+                        Bar(name=label, value=values["other"], low=ours - lead["high"], high=ours - lead["low"])
+                    )
+                cells = (name, other["run"], f"{block['users']:,}", metric, number(ours), number(values["other"]))
+                row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+                rows.append(f"<tr>{row}{_lead(lead)}<td>{escape(values['verdict'])}</td></tr>")
+    cards = "".join(
+        f"<div class=card><h3>{escape(name)}: NDCG@10</h3>{bar_chart(drawn, label=f'NDCG@10 of runs on {name}')}</div>"
+        for name, drawn in bars.items()
+    )
+    head = ("", "other run", "users", "metric", "this run", "other", "difference", "95 % interval", "verdict")
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    return [
+        f'<h2>Against other runs</h2><p class="sub">On {escape(comparison["split"])}, over the users that both ranked; '
+        "95 % intervals of a paired bootstrap over users, whiskers as above.</p>"
+        f'<div class="cards">{cards}</div>'
+        f'<div class="scroll"><table class="compared"><tr>{header}</tr>{"".join(rows)}</table></div>'
+    ]
+
+
+def _rests(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """When which platforms came to rest, and what each had of the samples."""
+    rests = [line for line in log if "at_rest" in line]
+    if not rests:
+        return []
+    train = [line for line in log if sum(line.get("samples_per_platform", {}).values())]
+    shared = [
+        {
+            **line,
+            "share": {
+                n: c / sum(line["samples_per_platform"].values()) for n, c in line["samples_per_platform"].items()
+            },
+        }
+        for line in train
+    ]
+    names = list(dict.fromkeys(name for line in shared for name in line["share"]))
+    chart = line_chart(
+        [_series(name, shared, "share", name) for name in names], label="Share of the samples", from_zero=True
+    )
+    words = [
+        f"From step {line['step']} on at rest: {', '.join(line['at_rest'])}"
+        + ("." if "mixture" in line else ", which is all that are validated: the run stopped.")
+        for line in rests
+    ]
+    listed = "".join(f"<p>{escape(text)}</p>" for text in words)
+    return [
+        f'<h2>Platforms at rest</h2><p class="sub">A platform without a new best of its own for '
+        f"<code>train.platform_patience</code> validations leaves most of its share to the others.</p>{listed}"
+        f'<div class="cards"><div class=card><h3>Share of the samples</h3>{chart}</div></div>'
+    ]
 
 
 def _starts(timeline: Sequence[Mapping[str, Any]], log: Sequence[Mapping[str, Any]]) -> list[str]:

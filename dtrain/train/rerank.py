@@ -5,7 +5,7 @@ Legend of shape suffixes: B users, K candidates of a user, T tokens, N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,15 +132,17 @@ def evaluate_reranker(
     retriever: str,
     comm: Comm,
     config: EvaluateConfig,
+    keep: Callable[[Subject, np.ndarray], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """The content of metrics.json for a reranker: its ranks labelled as such, the retriever's own as its baseline.
 
     `retriever` names what `retrievers` are. `config.rerank_users` bounds the users of each platform; `users` says
-    how many they were, `users_of_split` of how many.
+    how many they were, `users_of_split` of how many. `keep` is given each platform's users' ranks after reranking.
     """
     report = {}
     for subject in platforms:
         before_B, after_B = rerank(reranker, subject, retrievers[subject.name], comm, max_users=config.rerank_users)
+        keep(subject, after_B)
         report[subject.name] = {
             **platform_report(subject, after_B, {retriever: before_B}, config),
             "users_of_split": len(subject.users),

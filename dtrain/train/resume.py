@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from dtrain.train.loop import LoopState
 from dtrain.train.setup import Inputs
 from dtrain.train.stopping import Stopping
 
-__all__ = ["RunState", "go_on"]
+__all__ = ["RunState", "go_on", "mixture_of"]
 
 log = logging.getLogger("dtrain")
 
@@ -38,9 +39,7 @@ def go_on(config: RunConfig, inputs: Inputs, commit: Commit | None, world: World
     not say that they may be.
     """
     state = RunState(
-        loop=LoopState(stopping=Stopping(patience=config.train.patience)),
-        eras=Eras((_era(config, inputs, 0),)),
-        bound=binding(config, inputs),
+        loop=_new_loop(config, inputs), eras=Eras((_era(config, inputs, 0),)), bound=binding(config, inputs)
     )
     if commit is None:
         return state
@@ -51,28 +50,43 @@ def go_on(config: RunConfig, inputs: Inputs, commit: Commit | None, world: World
     _log_resume(commit, state, world)
     for change in found:
         log.info("changed from step %d on: %s", state.loop.step, change)
-    new, state.eras = state.eras.current.mixture, Eras.from_json(commit.state["eras"])
+    rested = state.loop.resting
+    if state.loop.validated and _measures_otherwise(found):
+        log.warning("validation measures something else now; the best so far, %s, is forgotten", state.loop.stopping)
+        fresh = _new_loop(config, inputs)
+        state.loop.stopping, state.loop.platforms = fresh.stopping, fresh.platforms
+    state.eras = Eras.from_json(commit.state["eras"])
+    now = _era(config, inputs, state.loop.step, state.loop.resting)
     kinds = {change.kind for change in found}
     if config.train.resume_data == "restart" or "data" in kinds:
-        state.eras = state.eras.begun(_era(config, inputs, state.loop.step))
+        state.eras = state.eras.begun(now)
         log.warning("step %d begins a new era: the data from its first epoch on", state.loop.step)
-    elif "mixture" in kinds:
-        state.eras = state.eras.mixed(state.loop.step, new)
+    elif "mixture" in kinds or state.loop.resting != rested:
+        state.eras = state.eras.mixed(state.loop.step, now.mixture)
         log.info("step %d begins a new segment of the mixture; epochs run on", state.loop.step)
-    if state.loop.stopping.best is not None and _measures_otherwise(found):
-        log.warning("validation measures something else now; the best so far, %s, is forgotten", state.loop.stopping)
-        state.loop.stopping = Stopping(patience=config.train.patience)
+    if state.loop.resting:
+        log.info("at rest: %s", ", ".join(state.loop.resting))
     return state
 
 
-def _era(config: RunConfig, inputs: Inputs, step: int) -> Era:
+def _new_loop(config: RunConfig, inputs: Inputs) -> LoopState:
+    own = Stopping(patience=config.train.platform_patience)
+    return LoopState(stopping=Stopping(patience=config.train.patience), platforms=dict.fromkeys(inputs.platforms, own))
+
+
+def mixture_of(config: RunConfig, inputs: Inputs, resting: Collection[str] = ()) -> Mixture:
+    """What the config makes of the platforms' shares while these of them rest."""
     samples = {name: platform.train_samples for name, platform in inputs.manifest.platforms.items()}
+    return Mixture.make(config.mixture, samples, resting)
+
+
+def _era(config: RunConfig, inputs: Inputs, step: int, resting: Collection[str] = ()) -> Era:
     return Era(
         from_step=step,
         manifest=inputs.manifest.fingerprint,
         path=inputs.manifest.files.origin,
         plan=config.plan,
-        mixture=Mixture.make(config.mixture, samples),
+        mixture=mixture_of(config, inputs, resting),
     )
 
 

@@ -27,6 +27,7 @@ __all__ = ["RunFiles"]
 
 #: What the copy of a run folder may have, so that nothing else below a URL is ever fetched, or stored by accident.
 _FILES = (
+    "compare*.json",
     "config.yaml",
     "facts.json",
     "log.jsonl",
@@ -36,6 +37,7 @@ _FILES = (
     "report.html",
     "timeline.jsonl",
 )
+_RANKS = "ranks*.arrow"  # which may be large
 _FOLDERS = ("encoder", "tensorboard")
 _READ = (*_FILES, "encoder")  # nothing here reads tensorboard/, where each start has files of its own
 
@@ -128,7 +130,7 @@ class RunFiles:
     def _copied(self) -> Iterator[str]:
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            ours = name.partition("/")[0] in _FOLDERS or _matches(name, _FILES)
+            ours = name.partition("/")[0] in _FOLDERS or _matches(name, (*_FILES, _RANKS))
             if ours and not is_temporary(path.name) and path.is_file():
                 yield name
 

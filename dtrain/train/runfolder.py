@@ -4,7 +4,8 @@ config.yaml    the resolved config          log.jsonl     one JSON object a logg
 facts.json     versions, fingerprints       log.txt       the human log of rank 0
 outcome.json   how it stands or ended       tensorboard/  the curves as events
 timeline.jsonl one JSON object a start: when, why, from which step, on how many ranks and on which machines
-checkpoints/   the checkpoint store         metrics.json, report.html  written by `dtrain evaluate`
+checkpoints/   the checkpoint store         metrics.json, ranks.arrow, report.html  written by `dtrain evaluate`
+compare.json   written by `dtrain compare`
 stop-START     asks the start of the run with that id to stop; there for moments only
 
 Each start of a run has a random id, which outcome.json names, so that a request to stop never meets a later start.
@@ -32,7 +33,7 @@ from typing import IO, Any
 import psutil
 
 from dtrain.core.errors import CheckpointError, Superseded
-from dtrain.core.storage import json_text, read_jsonl, write_json, write_text
+from dtrain.core.storage import json_text, read_json, read_jsonl, write_json, write_text
 from dtrain.train.runfiles import RunFiles
 
 __all__ = [
@@ -191,6 +192,15 @@ class RunFolder:
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
         if self.files.remote:
             threading.Thread(target=self._keep_pushing, name="dtrain-push", daemon=True).start()
+
+    def amend(self, facts: Mapping[str, Any]) -> None:
+        """Facts that have changed since `start`. A disk that is full does not end the run here, as in `log`."""
+        if not self.writes:
+            return
+        try:
+            write_json(self.path / "facts.json", {**read_json(self.path / "facts.json"), **facts})
+        except OSError as error:
+            log.error("facts.json does not have %s: %s", dict(facts), error)
 
     def wall_s(self) -> float:
         """Seconds since this start began, to a tenth."""

@@ -1,4 +1,4 @@
-"""Evaluate a run: open it, rank, write metrics.json and report.html."""
+"""Evaluate a run: open it, rank, write metrics.json, ranks.arrow and report.html."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dtrain.train.baselines import untuned_encoder
 from dtrain.train.evaluate import evaluate
 from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import OpenRun, open_run, read_run_config
+from dtrain.train.ranks import Ranks, weights_of
 from dtrain.train.report import write_report
 from dtrain.train.rerank import evaluate_reranker
 from dtrain.train.retrievers import open_retrievers, reranker_of
@@ -28,15 +29,17 @@ def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str
 
     The checkpoint is `evaluate.checkpoint`. The run's own metrics, metrics.json and the report, are of its best. On
     other data than the run's (see `open_run`), the file is called after their folder, and its platforms' blocks say
-    under "training" what the run has seen of them.
+    under "training" what the run has seen of them. Each metrics*.json has a ranks*.arrow beside it with the ranks that
+    it is made of, see `dtrain.train.ranks`.
     """
     config = read_run_config(run, overrides).evaluate
     opened = open_run(run, comm, overrides, config.checkpoint)
     opened.model.to(comm.device)
+    ranks = Ranks()
     metrics: Mapping[str, Any] = (
-        _retriever_metrics(opened, opened.model, comm)
+        _retriever_metrics(opened, opened.model, comm, ranks)
         if isinstance(opened.model, Recommender)
-        else _reranker_metrics(opened, comm)
+        else _reranker_metrics(opened, comm, ranks)
     )
     step = opened.commit.step
     metrics = {**metrics, "step": step, "manifest_fingerprint": opened.manifest.fingerprint}
@@ -46,6 +49,8 @@ def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str
     name = _metrics_name(config.split, None if config.checkpoint == "best" else step, data)
     if comm.world.is_main:
         opened.files.fetch()  # what the report is made of
+        about = {key: metrics[key] for key in ("split", "ranked", "step", "manifest_fingerprint")}
+        ranks.write(opened.path / _ranks_name(name), {**about, "checkpoint": weights_of(opened.commit)})
         write_json(opened.path / name, metrics)
         write_report(opened.path)
         opened.files.push()
@@ -70,6 +75,10 @@ def _metrics_name(split: str, step: int | None, data: str = "") -> str:
     return "-".join(["metrics", *filter(None, parts)]) + ".json"
 
 
+def _ranks_name(metrics_name: str) -> str:
+    return f"ranks{metrics_name.removeprefix('metrics').removesuffix('.json')}.arrow"
+
+
 def _data_name(opened: OpenRun) -> str:
     """What a prepared folder is called. Raises ConfigError for the name of another file's kind."""
     name = str(opened.manifest.root).rstrip("/").rpartition("/")[2]
@@ -81,18 +90,20 @@ def _data_name(opened: OpenRun) -> str:
     return name
 
 
-def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm) -> dict[str, Any]:
+def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm, ranks: Ranks) -> dict[str, Any]:
     config, data = opened.config, (opened.manifest, opened.inputs.caches, comm)
     cells = config.evaluate.batch_tokens
     untuned = untuned_encoder(config.model.encoder, comm.device)
     plain_NH = catalog_vectors(untuned, *data, batch_tokens=cells, keep=True, what="texts with the untuned encoder")
     text_NH = catalog_vectors(model.encoder, *data, batch_tokens=cells, keep=False)
-    return evaluate(model, text_NH, plain_NH, opened.manifest, comm, config.evaluate, config.model.neighbours)
+    return evaluate(
+        model, text_NH, plain_NH, opened.manifest, comm, config.evaluate, config.model.neighbours, ranks.add
+    )
 
 
-def _reranker_metrics(opened: OpenRun, comm: Comm) -> dict[str, Any]:
+def _reranker_metrics(opened: OpenRun, comm: Comm, ranks: Ranks) -> dict[str, Any]:
     config = opened.config.evaluate
     platforms = subjects(opened.manifest, config.split)
     name, retrievers = open_retrievers(config.retriever, opened.manifest, platforms, comm)
     reranker = reranker_of(opened.model, opened.inputs, opened.config, comm)
-    return evaluate_reranker(reranker, platforms, retrievers, name, comm, config)
+    return evaluate_reranker(reranker, platforms, retrievers, name, comm, config, ranks.add)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Stopping", "aggregate"]
+__all__ = ["AGGREGATES", "Stopping", "aggregate"]
+
+#: How one number is made for all platforms.
+AGGREGATES = ("macro", "worst", "geometric")
+
+_LEAST = 1e-4  # what a smaller value counts as in a geometric mean, which 0 would make 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,12 @@ class Stopping:
 
 
 def aggregate(values: Mapping[str, float], how: str) -> float:
-    """One number for all platforms: "macro" is their mean, "worst" the smallest."""
+    """One number for all platforms: "macro" is their mean, "worst" the smallest, "geometric" the geometric mean.
+
+    In the geometric mean a tenth more counts the same on every platform, however small its numbers are. Dividing each
+    by a baseline's value first would change it by a factor only, so it ranks models as any such ratio does.
+    """
     numbers = list(values.values())
+    if how == "geometric":
+        return math.exp(sum(math.log(max(number, _LEAST)) for number in numbers) / len(numbers))
     return min(numbers) if how == "worst" else sum(numbers) / len(numbers)
