@@ -95,14 +95,15 @@ def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> 
     of a run that begins with another's weights are that one's, which its projection was trained on. Collective.
     """
     whole = config.batch.fresh_items is not None
-    if config.train.init_from and not whole:
+    fits = config.model.standardize and not config.train.init_from
+    if not (fits or whole):
         return
     caches: list[Tokens] = [c if whole else EvenSample(c, _STATISTICS) for c in inputs.caches.values()]
     training = model.training
     text_NH = encode_catalog(model.eval().encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens).to(
         comm.device
     )
-    if not config.train.init_from:
+    if fits:
         model.items.standardize.fit(text_NH)
     if whole and model.memory is not None:
         model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
