@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -68,11 +67,10 @@ def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     data = made_up(job["users"], job["items"], job["dim"])
     user_BD, item_ND = (torch.from_numpy(data[name]).to(device) for name in ("user", "item"))
     product_alone(user_BD[:1], item_ND)  # what libraries load at their first use is no memory of a ranking
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = _memory(device)
+    _forget_peak(device)
+    before = _peak(device)
     rank_B = ranked(data, user_BD, item_ND)
-    extra = _memory(device) - before
+    extra = _peak(device) - before
     alone = _times(lambda: product_alone(user_BD, item_ND), job["repeats"], device)
     ours = _times(lambda: ranked(data, user_BD, item_ND), job["repeats"], device)
     return {
@@ -85,10 +83,19 @@ def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _memory(device: torch.device) -> int:
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew, see proc(5)
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes held since `_forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def evaluation(settings: Settings, cache: Cache) -> None:

@@ -110,7 +110,7 @@ def dump_pairs(config: RunConfig, steps: int, path: Path, *, distinct: bool = Fa
     `distinct`: only of steps where no two targets have one text, so that leaving such negatives out, as dtrain does,
     changes nothing. Returns the numbers of the steps.
     """
-    manifest = Manifest.load(config.data.path, config.data.cache)
+    manifest = Manifest.load(config.data.path, config.data.cache).select(config.data.platforms)
     (name,) = manifest.platforms
     texts = Catalog.open(manifest, name).texts.to_pylist()  # type: ignore[attr-defined]
     mixture = Mixture.make(config.mixture, {name: manifest.platform(name).train_samples})
