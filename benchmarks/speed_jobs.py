@@ -12,7 +12,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,8 @@ def run_measurement(
 ) -> tuple[dict[str, Any], str]:
     """Run `python SCRIPT JOB.json`, behind torchrun where it has several processes: (what it found, the command).
 
-    Raises SystemExit with the end of its output when it fails.
+    The command names no folder of this machine: WORK is the parent of the parent of `folder`. Raises SystemExit with
+    the end of its output when it fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, out = folder / "job.json", folder / "found.json"
@@ -134,10 +134,10 @@ def run_measurement(
         check=False,
     )
     shutil.rmtree(out.with_suffix(".trainer"), ignore_errors=True)
-    text = " ".join(command)
+    text = " ".join(["python", *launcher, *script, f"WORK/{folder.parent.name}/{folder.name}/{path.name}"])
     if done.returncode or not out.is_file():
         raise SystemExit(f"{text}\nexit code {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    return dict(json.loads(out.read_text())), text.replace(sys.executable, "python")
+    return dict(json.loads(out.read_text())), text
 
 
 def bf16_units(seconds: float = 0.5) -> tuple[bool, float]:

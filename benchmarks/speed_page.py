@@ -229,7 +229,10 @@ def _commands(rows: Rows) -> str:
         for name, kept in kept_rows.items()
         if kept["command"]
     ]
-    return "\n".join(lines) + "\n" if lines else f"{NOT_MEASURED}.\n"
+    if not lines:
+        return f"{NOT_MEASURED}.\n"
+    head = "One row of the above each; peers with the interpreter of their own environment, WORK is `--work`.\n\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def _rate(found: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ __all__ = ["HISTORY", "LARGEST", "hour", "job", "processes", "write_histories"]
 #: The platforms with the most training rows.
 LARGEST = ("online_retail", "amazon_games", "grocery")
 HISTORY, HISTORY_TOKENS, HISTORY_BATCH = 50, 512, 32
-_HOUR_S, _VALIDATE_S, _VALID_USERS = 3600.0, 300.0, 500
+_HOUR_S, _VALIDATE_S, _VALID_USERS = 3600.0, 600.0, 500
 _MAIN = str(ROOT / "configs/train/seven.yaml")
 _NAME = "histories"
 

@@ -282,7 +282,8 @@ def test_description_counts_every_weight_once(tiny_encoder: Path) -> None:
     assert told["trainable"] == told["parameters"] - told["parts"]["encoder"]["parameters"]
     assert sum(part["parameters"] for part in told["parts"].values()) == told["parameters"]
     # Memory, and mean and scale of the text vectors.
-    assert told["buffer_floats"] == model.memory.vector_IH.numel() + 2 * model.encoder.hidden
+    own = model.memory.vector_IH.numel() + model.neighbours.weight_P.numel()
+    assert told["buffer_floats"] == own + 2 * model.encoder.hidden
     frozen = train_flops_per_token(model.encoder, 16)
     assert train_flops_per_token(toy_model(tiny_encoder).encoder, 16) > 2.5 * frozen
 
