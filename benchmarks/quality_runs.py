@@ -19,9 +19,9 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import PERIOD, Mixture
 from dtrain.train.config import RunConfig
 from dtrain.train.evaluate import model_scorer
+from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import open_run
 from dtrain.train.subjects import shared_ranks, subjects
-from dtrain.train.vectors import encode_catalog
 
 __all__ = ["Recipe", "model_job", "run_model"]
 
@@ -111,8 +111,10 @@ def rank_run(run: Path) -> dict[str, dict[str, Any]]:
         opened = open_run(run, comm)
         model = opened.model
         model.to(comm.device)
-        caches = [opened.inputs.caches[name] for name in opened.manifest.platforms]
-        text_NH = encode_catalog(model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens)
+        cells = opened.config.evaluate.batch_tokens
+        text_NH = catalog_vectors(
+            model.encoder, opened.manifest, opened.inputs.caches, comm, batch_tokens=cells, keep=False
+        )
         for split in SPLITS:
             for subject in subjects(opened.manifest, split, opened.config.model.neighbours):
                 scorer_of = model_scorer(model, text_NH, subject, comm.device)

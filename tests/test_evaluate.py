@@ -117,7 +117,10 @@ def test_the_models_ranks_are_those_of_the_definition(case: Case) -> None:
 
 def evaluated(case: Case, comm: Comm = ALONE) -> dict[str, Any]:
     untuned = untuned_encoder(EncoderConfig(name=str(case.encoder)), comm.device)
-    return evaluate(case.model, untuned, case.manifest, case.caches, comm, CONFIG)
+    plain_NH, text_NH = (
+        encode_catalog(encode, case.items.tokens, comm, batch_tokens=200) for encode in (untuned, case.model.encoder)
+    )
+    return evaluate(case.model, text_NH, plain_NH, case.manifest, comm, CONFIG)
 
 
 def test_the_report_has_every_number_beside_its_baselines(case: Case) -> None:

@@ -30,10 +30,11 @@ from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
 from dtrain.export.target import export_folder
 from dtrain.model.recommender import Recommender
+from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import OpenRun, open_run
 from dtrain.train.score import read_metrics
 from dtrain.train.subjects import Subject, subjects
-from dtrain.train.vectors import encode_catalog, item_vectors
+from dtrain.train.vectors import item_vectors
 
 __all__ = ["TOLERANCE", "export"]
 
@@ -54,9 +55,13 @@ def export(run: str | Path, out: str | Path, choice: str = "best") -> list[str]:
             opened = open_run(run, comm, choice=choice)
             if not isinstance(opened.model, Recommender):
                 raise ExportError(f"{run}: a run of train.task={opened.config.train.task}; only recommend is exported")
-            caches = list(opened.inputs.caches.values())
-            text_NH = encode_catalog(
-                opened.model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens
+            text_NH = catalog_vectors(
+                opened.model.encoder,
+                opened.manifest,
+                opened.inputs.caches,
+                comm,
+                batch_tokens=opened.config.evaluate.batch_tokens,
+                keep=False,
             )
         shelves = _write(opened, opened.model, text_NH, folder)
         lines = _check_parity(opened, text_NH, shelves, folder)

@@ -23,7 +23,6 @@ from dtrain.data.shards import ShardReader
 from dtrain.model.config import EncoderConfig
 from dtrain.model.encoder import Encoder
 from dtrain.train.ranking import Scorer, dot_scorer
-from dtrain.train.vectors import TextEncoder
 
 __all__ = ["BASELINES", "count_transitions", "popularity", "untuned_encoder", "zero_shot"]
 
@@ -66,7 +65,7 @@ def _near(distance: int, part: Windows, second: np.ndarray) -> np.ndarray:
     return np.asarray(part.target_Q[second] * (_WEIGHT // distance))[:, None]
 
 
-def untuned_encoder(config: EncoderConfig, device: torch.device) -> TextEncoder:
+def untuned_encoder(config: EncoderConfig, device: torch.device) -> Encoder:
     """The pretrained encoder as it comes, mean pooled whatever the run pools, since few untuned models make
     anything of [CLS]. Raises ConfigError when it can't be opened."""
     plain = EncoderConfig(name=config.name, attention=config.attention, pooling="mean")

@@ -28,7 +28,7 @@ from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
 from dtrain.train.metrics import Metrics, aggregates, gains
 from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer, history_scorer, rank_targets
 from dtrain.train.subjects import ScorerOf, Subject, shared, shared_ranks, split_metrics, subjects
-from dtrain.train.vectors import TextEncoder, Tokens, encode_catalog, encode_users, item_vectors
+from dtrain.train.vectors import encode_users, item_vectors
 
 __all__ = [
     "COMPARED",
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "fit_neighbours",
     "model_scorer",
+    "own_scorer",
     "platform_report",
     "validate",
     "with_aggregates",
@@ -169,24 +170,19 @@ def validate(
 
 def evaluate(
     model: Recommender,
-    untuned: TextEncoder,
+    text_NH: Tensor,
+    plain_NH: Tensor,
     manifest: Manifest,
-    caches: Mapping[str, Tokens],
     comm: Comm,
     config: EvaluateConfig,
     neighbours: NeighbourConfig | None = None,
 ) -> dict[str, Any]:
     """The content of metrics.json: every platform's metrics, slices, baselines and intervals, and the aggregates.
 
-    `model` in eval mode with whole weights; `untuned` the pretrained encoder (see `baselines.untuned_encoder`);
-    `caches` the token cache of each platform. Values are floats, or None for a slice without users; never NaN.
+    `model` in eval mode with whole weights; `text_NH` the text vectors of all items, `plain_NH` those of the pretrained
+    encoder (see `baselines.untuned_encoder`). Values are floats, or None for a slice without users; never NaN.
     """
     platforms = subjects(manifest, config.split, neighbours)
-    tokens = [caches[subject.name] for subject in platforms]
-    text_NH = encode_catalog(model.encode_texts, tokens, comm, batch_tokens=config.batch_tokens)
-    plain_NH = encode_catalog(
-        untuned, tokens, comm, batch_tokens=config.batch_tokens, what="texts with the untuned encoder"
-    )
     report: dict[str, Any] = {}
     for subject in platforms:
         began = time.perf_counter()

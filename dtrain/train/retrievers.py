@@ -14,11 +14,11 @@ from dtrain.model.cross import CrossEncoder
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.evaluate import model_scorer
+from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import open_run
 from dtrain.train.rerank import Reranker, transition_retrievers
 from dtrain.train.setup import Inputs
 from dtrain.train.subjects import ScorerOf, Subject, subjects
-from dtrain.train.vectors import encode_catalog
 
 __all__ = ["open_retrievers", "reranker_of"]
 
@@ -42,8 +42,8 @@ def open_retrievers(
             f"evaluate.retriever={run}: trained on manifest {opened.manifest.fingerprint}, this run on "
             f"{manifest.fingerprint}; train both on the same prepared folder and platforms"
         )
-    caches = list(opened.inputs.caches.values())
-    text_NH = encode_catalog(model.encode_texts, caches, comm, batch_tokens=opened.config.evaluate.batch_tokens)
+    cells = opened.config.evaluate.batch_tokens
+    text_NH = catalog_vectors(model.encoder, manifest, opened.inputs.caches, comm, batch_tokens=cells, keep=False)
     with_neighbours = subjects(manifest, platforms[0].split, opened.config.model.neighbours)
     return Path(run).name, {s.name: model_scorer(model, text_NH, s, comm.device) for s in with_neighbours}
 

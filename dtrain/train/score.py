@@ -12,6 +12,7 @@ from dtrain.core.storage import read_json, write_json
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import untuned_encoder
 from dtrain.train.evaluate import evaluate
+from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import OpenRun, open_run, read_run_config
 from dtrain.train.report import write_report
 from dtrain.train.rerank import evaluate_reranker
@@ -81,11 +82,12 @@ def _data_name(opened: OpenRun) -> str:
 
 
 def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm) -> dict[str, Any]:
-    untuned = untuned_encoder(opened.config.model.encoder, comm.device)
-    config = opened.config
-    return evaluate(
-        model, untuned, opened.manifest, opened.inputs.caches, comm, config.evaluate, config.model.neighbours
-    )
+    config, data = opened.config, (opened.manifest, opened.inputs.caches, comm)
+    cells = config.evaluate.batch_tokens
+    untuned = untuned_encoder(config.model.encoder, comm.device)
+    plain_NH = catalog_vectors(untuned, *data, batch_tokens=cells, keep=True, what="texts with the untuned encoder")
+    text_NH = catalog_vectors(model.encoder, *data, batch_tokens=cells, keep=False)
+    return evaluate(model, text_NH, plain_NH, opened.manifest, comm, config.evaluate, config.model.neighbours)
 
 
 def _reranker_metrics(opened: OpenRun, comm: Comm) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from dtrain.data.neighbours import open_neighbours
 from dtrain.model.build import build_cross_encoder, build_model
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.vectors import EvenSample, Tokens, encode_catalog
+from dtrain.train.kept import catalog_vectors
+from dtrain.train.vectors import EvenSample, encode_catalog
 
 __all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime"]
 
@@ -98,11 +99,14 @@ def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> 
     fits = config.model.standardize and not config.train.init_from
     if not (fits or whole):
         return
-    caches: list[Tokens] = [c if whole else EvenSample(c, _STATISTICS) for c in inputs.caches.values()]
-    training = model.training
-    text_NH = encode_catalog(model.eval().encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens).to(
-        comm.device
-    )
+    training, cells = model.training, config.evaluate.batch_tokens
+    model.eval()
+    if whole:
+        text_NH = catalog_vectors(model.encoder, inputs.manifest, inputs.caches, comm, batch_tokens=cells, keep=True)
+    else:
+        samples = [EvenSample(cache, _STATISTICS) for cache in inputs.caches.values()]
+        text_NH = encode_catalog(model.encode_texts, samples, comm, batch_tokens=cells)
+    text_NH = text_NH.to(comm.device)
     if fits:
         model.items.standardize.fit(text_NH)
     if whole and model.memory is not None:
