@@ -7,7 +7,7 @@ PORT = $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench-checkpoint bench-prepare bench-quality bench-scaling bench-stream demo test test-gpu lint inputs soak soak-cluster clean
+.PHONY: bench-checkpoint bench-prepare bench-quality bench-scaling bench-speed bench-stream demo test test-gpu lint inputs soak soak-cluster clean
 .DELETE_ON_ERROR:
 
 demo: inputs
@@ -47,6 +47,11 @@ bench-quality: inputs
 bench-scaling: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.scaling --work runs/bench --results runs/bench/scaling.json $(if $(QUICK),,--docs docs)
+
+# On a machine that does nothing else: hours, QUICK=1 ten minutes. Cut it at any time, it goes on. PyPI once, for peers.
+bench-speed: inputs
+	$(BIN)/dtrain prepare configs/data/seven.yaml
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -14,13 +14,13 @@ from dtrain.core.config import load_config, to_dict
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import PairBatch, Pairs
 from dtrain.model.build import build_cross_encoder, describe, parameter_roles, train_flops_per_token
-from dtrain.model.config import EncoderConfig, FreezeConfig, ModelConfig, UserConfig
+from dtrain.model.config import AdapterConfig, EncoderConfig, FreezeConfig, ModelConfig, UserConfig
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.encoder import Encoder
-from dtrain.model.items import Standardize
+from dtrain.model.items import ItemTower, Standardize
 from dtrain.model.layers import PlatformAdapters, Temperature
 from dtrain.model.objectives import info_nce, pointwise_bce
-from dtrain.model.user import UserEncoder
+from dtrain.model.user import LastItem, UserEncoder
 from tests.model_toys import tokens, toy_model
 
 
@@ -119,6 +119,33 @@ def test_the_last_vector_is_that_of_the_last_real_position(layers: int) -> None:
     torch.testing.assert_close(encoder.last(item, event, mask, platform), encoder(item, event, platform, at))
     cut = encoder.last(item[2:, :4], event[2:, :4], mask[2:, :4], platform[2:])
     torch.testing.assert_close(cut, encoder.last(item, event, mask, platform)[2:])
+
+
+def test_without_layers_a_history_is_its_last_item() -> None:
+    encoder = LastItem(ModelConfig(encoder=EncoderConfig(name="unused"), dim=8, user=UserConfig(layers=0)))
+    item, event, platform = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1])
+    torch.testing.assert_close(encoder(item, event, platform, torch.tensor([1, 5])), item[[0, 1], [1, 2]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    torch.testing.assert_close(encoder.last(item, event, mask, platform), item[[0, 1], [1, 2]])
+    assert not list(encoder.parameters())
+
+
+def test_without_a_projection_items_are_their_texts() -> None:
+    config = ModelConfig(
+        encoder=EncoderConfig(name="unused"),
+        dim=8,
+        project=False,
+        id_vectors=False,
+        item_bias=False,
+        adapter=AdapterConfig(enabled=False),
+    )
+    tower, text = ItemTower(config, hidden=8, items=5, platforms=1, normalize=True), torch.randn(5, 8)
+    vector, bias = tower(text, torch.arange(5), torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.bool))
+    torch.testing.assert_close(vector, torch.nn.functional.normalize(text))
+    assert not bias.any()
+    assert not list(tower.parameters())
+    with pytest.raises(ConfigError, match=r"set model.dim=12"):
+        ItemTower(config, hidden=12, items=5, platforms=1, normalize=True)
 
 
 def test_order_matters_and_where_a_window_begins_does_not() -> None:
@@ -255,7 +282,8 @@ def test_description_counts_every_weight_once(tiny_encoder: Path) -> None:
     assert told["trainable"] == told["parameters"] - told["parts"]["encoder"]["parameters"]
     assert sum(part["parameters"] for part in told["parts"].values()) == told["parameters"]
     # Memory, and mean and scale of the text vectors.
-    assert told["buffer_floats"] == model.memory.vector_IH.numel() + 2 * model.encoder.hidden
+    own = model.memory.vector_IH.numel() + model.neighbours.weight_P.numel()
+    assert told["buffer_floats"] == own + 2 * model.encoder.hidden
     frozen = train_flops_per_token(model.encoder, 16)
     assert train_flops_per_token(toy_model(tiny_encoder).encoder, 16) > 2.5 * frozen
 

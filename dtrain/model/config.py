@@ -55,15 +55,15 @@ class EncoderConfig:
 class UserConfig:
     """The user encoder: a causal Transformer over item vectors."""
 
-    layers: int = 2
+    layers: int = 2  # 0: no encoder, a history's vector is that of its last item; then the rest here has no effect
     heads: int = 4  # attention heads; must divide the model's `dim`
     feedforward: int = 256  # width of the hidden layer of each block
     dropout: float = 0.1  # probability, after the input, attention weights and each residual branch
     max_positions: int = 50  # longest history it reads, in items; longer ones are cut by whoever makes batches
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "feedforward", "max_positions"):
-            _at_least(f"user.{name}", getattr(self, name), 1)
+        for name, low in (("layers", 0), ("heads", 1), ("feedforward", 1), ("max_positions", 1)):
+            _at_least(f"user.{name}", getattr(self, name), low)
         _probability("user.dropout", self.dropout)
 
 
@@ -109,6 +109,8 @@ class ModelConfig:
 
     encoder: EncoderConfig
     dim: int = 128  # size of item and user vectors
+    standardize: bool = True  # give text vectors mean 0 and deviation 1, by statistics of the pretrained encoder
+    project: bool = True  # a learned linear map of text vectors to `dim`; without it `dim` is the encoder's own size
     id_vectors: bool = True  # add a learned vector of each item to its text's vector
     item_bias: bool = True  # add a learned, popularity-like score of each item
     memory: bool = True  # remember each item's last text vector ([items, hidden] fp32); steps may encode fewer items

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.core.errors import ConfigError
 from dtrain.model.config import ModelConfig
 from dtrain.model.layers import Linear, PlatformAdapters, unit
 
@@ -28,10 +29,12 @@ class ItemTower(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.standardize = Standardize(hidden)
-        self.project = Linear(hidden, config.dim)
-        # Orthonormal rows keep the pretrained geometry as well as `dim` dimensions can.
-        nn.init.orthogonal_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        self.project = _projection(hidden, config.dim) if config.project else None
+        if not config.project and config.dim != hidden:
+            raise ConfigError(
+                f"model.dim={config.dim}, but with model.project=false item vectors have the {hidden} numbers of the "
+                f"encoder's; set model.dim={hidden}"
+            )
         self.id = nn.Embedding(items, config.dim) if config.id_vectors else None
         self.bias = nn.Embedding(items, 1) if config.item_bias else None
         for table in (self.id, self.bias):
@@ -45,7 +48,8 @@ class ItemTower(nn.Module):
         Returns (vectors [N, D], biases [N]), both fp32; vectors have length 1 under a cosine objective. The text's
         part has length 1 before the id vector is added, so that one learning rate fits every encoder.
         """
-        vector_ND = unit(self.project(self.standardize(text_NH)))
+        text_NH = self.standardize(text_NH)
+        vector_ND = unit(text_NH if self.project is None else self.project(text_NH))
         if self.id is not None:
             vector_ND = vector_ND + self.id(row_N).float() * known_N[:, None]
         if self.adapter is not None:
@@ -55,6 +59,14 @@ class ItemTower(nn.Module):
         if self.bias is None:
             return vector_ND, torch.zeros_like(vector_ND[:, 0])
         return vector_ND, self.bias(row_N)[:, 0].float() * known_N
+
+
+def _projection(hidden: int, dim: int) -> Linear:
+    project = Linear(hidden, dim)
+    # Orthonormal rows keep the pretrained geometry as well as `dim` dimensions can.
+    nn.init.orthogonal_(project.weight)
+    nn.init.zeros_(project.bias)
+    return project
 
 
 class Exact(nn.Module):

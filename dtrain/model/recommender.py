@@ -20,7 +20,7 @@ from dtrain.model.items import ItemTower, Memory
 from dtrain.model.layers import Temperature, recomputed, unit
 from dtrain.model.neighbours import Neighbours
 from dtrain.model.objectives import info_nce
-from dtrain.model.user import UserEncoder
+from dtrain.model.user import LastItem, UserEncoder
 
 __all__ = ["Gather", "Recommender", "alone"]
 
@@ -49,7 +49,7 @@ class Recommender(nn.Module):
         self.items = ItemTower(
             config, hidden=encoder.hidden, items=items, platforms=len(event_counts), normalize=objective.normalize
         )
-        self.user = UserEncoder(config, event_counts)
+        self.user = UserEncoder(config, event_counts) if config.user.layers else LastItem(config)
         self.temperature = Temperature(objective.temperature, learned=objective.learned_temperature)
         self.memory = Memory(items, encoder.hidden) if config.memory else None
         self.neighbours = Neighbours(len(event_counts)) if config.neighbours.enabled else None

@@ -21,7 +21,7 @@ from dtrain.core.errors import ConfigError
 from dtrain.model.config import ModelConfig, UserConfig
 from dtrain.model.layers import Linear, PlatformAdapters
 
-__all__ = ["UserEncoder"]
+__all__ = ["LastItem", "UserEncoder"]
 
 
 class UserEncoder(nn.Module):
@@ -76,6 +76,22 @@ class UserEncoder(nn.Module):
     def _head(self, hidden_TD: Tensor, platform_T: Tensor) -> Tensor:
         user_TD: Tensor = self.norm(hidden_TD).float()
         return user_TD if self.adapter is None else self.adapter(user_TD, platform_T)
+
+
+class LastItem(nn.Module):
+    """What `UserEncoder` is without layers: the vector of a history is that of its last item. Learns nothing."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.max_positions = config.user.max_positions
+
+    def forward(self, item_BLD: Tensor, event_BL: Tensor, platform_B: Tensor, at_T: Tensor) -> Tensor:
+        """See `UserEncoder.forward`."""
+        return item_BLD.flatten(0, 1)[at_T].float()
+
+    def last(self, item_BLD: Tensor, event_BL: Tensor, mask_BL: Tensor, platform_B: Tensor) -> Tensor:
+        """See `UserEncoder.last`."""
+        return _at(item_BLD, (mask_BL.sum(1) - 1).clamp(min=0))[:, 0].float()
 
 
 class _Block(nn.Module):

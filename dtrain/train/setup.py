@@ -96,7 +96,8 @@ def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> 
     of a run that begins with another's weights are that one's, which its projection was trained on. Collective.
     """
     whole = config.batch.fresh_items is not None
-    if config.train.init_from and not whole:
+    fits = config.model.standardize and not config.train.init_from
+    if not (fits or whole):
         return
     training, cells = model.training, config.evaluate.batch_tokens
     model.eval()
@@ -106,7 +107,7 @@ def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> 
         samples = [EvenSample(cache, _STATISTICS) for cache in inputs.caches.values()]
         text_NH = encode_catalog(model.encode_texts, samples, comm, batch_tokens=cells)
     text_NH = text_NH.to(comm.device)
-    if not config.train.init_from:
+    if fits:
         model.items.standardize.fit(text_NH)
     if whole and model.memory is not None:
         model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)

@@ -27,6 +27,7 @@ log = logging.getLogger("dtrain")
 _SAME = (
     "train.task",
     "model.dim",
+    "model.project",
     "model.encoder.pooling",
     "model.user.layers",
     "model.user.heads",

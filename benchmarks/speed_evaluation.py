@@ -1,0 +1,139 @@
+"""Exact full ranking: users a second against the matrix product alone, beside RecBole's full sort; memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.speed_jobs import Cache, Settings, run_measurement
+from dtrain.data.evalset import Ragged
+from dtrain.train.ranking import BLOCK_BYTES, dot_scorer, rank_targets
+
+__all__ = ["evaluation", "made_up", "product_alone", "ranked"]
+
+_SEEN = 20  # items of a history
+
+
+def made_up(users: int, items: int, dim: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Vectors of length 1, targets and histories: what every way to rank is given."""
+    rng = np.random.default_rng(seed)
+
+    def unit(rows: int) -> np.ndarray:
+        found = rng.standard_normal((rows, dim), dtype=np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    seen = np.array([rng.choice(items, _SEEN + 1, replace=False) for _ in range(users)], np.int32)
+    return {"user": unit(users), "item": unit(items), "target": seen[:, -1].copy(), "seen": seen[:, :-1].copy()}
+
+
+def _times(run: Any, repeats: int, device: torch.device) -> list[float]:
+    found = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return found[1:]
+
+
+def ranked(data: dict[str, np.ndarray], user_BD: Tensor, item_ND: Tensor) -> np.ndarray:
+    """Ranks by the product's own evaluation."""
+    offsets = np.arange(len(data["seen"]) + 1, dtype=np.int64) * data["seen"].shape[1]
+    seen = Ragged(data["seen"].ravel(), offsets)
+    return rank_targets(dot_scorer(user_BD, item_ND), data["target"], seen, items=len(item_ND))
+
+
+def product_alone(user_BD: Tensor, item_ND: Tensor) -> None:
+    """The matrix product that ranking can't do without, in blocks of the same size, into memory that is there."""
+    size = max(1, BLOCK_BYTES // (4 * len(item_ND)))
+    out_bN, item_DN = torch.empty(size, len(item_ND), device=item_ND.device), item_ND.T
+    for start in range(0, len(user_BD), size):
+        part_bD = user_BD[start : start + size]
+        torch.mm(part_bD, item_DN, out=out_bN[: len(part_bD)])
+
+
+def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Users a second of both, and the memory beyond the vectors."""
+    data = made_up(job["users"], job["items"], job["dim"])
+    user_BD, item_ND = (torch.from_numpy(data[name]).to(device) for name in ("user", "item"))
+    product_alone(user_BD[:1], item_ND)  # what libraries load at their first use is no memory of a ranking
+    _forget_peak(device)
+    before = _peak(device)
+    rank_B = ranked(data, user_BD, item_ND)
+    extra = _peak(device) - before
+    alone = _times(lambda: product_alone(user_BD, item_ND), job["repeats"], device)
+    ours = _times(lambda: ranked(data, user_BD, item_ND), job["repeats"], device)
+    return {
+        "ours": [job["users"] / s for s in ours],
+        "floor": [job["users"] / s for s in alone],
+        "extra_bytes": extra,
+        "mean_rank": float(rank_B.mean()),
+        "recall@10": float((rank_B <= 10).mean()),
+        "device": device.type,
+    }
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew, see proc(5)
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes held since `_forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def evaluation(settings: Settings, cache: Cache) -> None:
+    """At the size of a real catalogue, beside RecBole; at 100,000 items; and at a million, for its memory."""
+    sizes = [(10_000, 17_000, 128), (2_000, 100_000, 128), (200, 1_000_000, 128)]
+    repeats = 2 if settings.quick else 7
+    for users, items, dim in sizes:
+        row = f"{items}"
+        if settings.quick and items < 1_000_000:
+            users //= 4
+        job = {"users": users, "items": items, "dim": dim, "repeats": repeats, "threads": settings.threads}
+        if not settings.again and cache.get("evaluation", row, job):
+            continue
+        folder = settings.work / "jobs" / f"evaluation-{row}"
+        result, command = run_measurement(sys.executable, ["-m", "benchmarks.speed_evaluation"], job, folder)
+        cache.put("evaluation", row, job, result, command)
+        print(f"evaluation {row}: {json.dumps(result)}", flush=True)
+        if items == sizes[0][1]:
+            _recbole(settings, cache, job)
+
+
+def _recbole(settings: Settings, cache: Cache, job: dict[str, Any]) -> None:
+    folder = settings.work / "jobs" / "evaluation-recbole"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "vectors.npz", **made_up(job["users"], job["items"], job["dim"]))
+    python, script = settings.python("recbole"), ["-m", "benchmarks.peers.full_sort_recbole"]
+    result, command = run_measurement(python, script, job | {"data": str(folder / "vectors.npz")}, folder)
+    cache.put("evaluation", "recbole", job, result, command)
+    print(f"evaluation recbole: {json.dumps(result)}", flush=True)
+
+
+def main() -> int:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(int(job["threads"]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Path(job["out"]).write_text(json.dumps(measure(job, device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
