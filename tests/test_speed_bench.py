@@ -146,6 +146,7 @@ def test_the_roofline_is_the_slower_of_computing_and_moving() -> None:
 def test_rates_are_of_stretches_of_steps() -> None:
     found = {"step_s": [9.0, 9.0, *[1.0] * 8, 2.0, 2.0], "targets": [10] * 12}
     assert rates(found) == (10.0, 5.0, 10.0)
+    assert rates({"step_s": [2.0], "targets": [10]}) == (5.0, 5.0, 5.0)
 
 
 def test_ranking_is_compared_with_the_product_it_is_made_of() -> None:
