@@ -104,6 +104,8 @@ def _job(rows: Rows) -> str:
         ("ours", "dtrain, configs/train/seven.yaml"),
     ):
         found = rows.result("job", name)
+        if found is not None and "freeze" in found:  # what of BERT trains decides what a target costs
+            title += f" (freeze.policy={found['freeze']}, batch.fresh_items={found['fresh_items']})"
         lines.append((title, rows.why("job", name) if found is None else _rate(found)))
     text = (
         "Next-item training with histories of up to 50 on online_retail, amazon_games and grocery. The usual way: the "
