@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoder=str(Path(args.encoder).resolve()),
         threads=args.threads,
         seconds=args.seconds,
+        batch=16 if quick else 64,
         quick=quick,
         again=args.again,
         only=args.only,

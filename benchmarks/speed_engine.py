@@ -136,6 +136,7 @@ def measure(config: RunConfig, comm: Comm, job: Mapping[str, Any]) -> dict[str, 
                 curve.append({"trained_s": trained_s, "valid": validate()})
         found |= {"precision": training.engine.precision, "curve": curve, "threads": torch.get_num_threads()}
         found["device"] = comm.device.type
+        found["freeze"], found["fresh_items"] = config.model.freeze.policy, config.batch.fresh_items
     return found | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 

@@ -101,10 +101,10 @@ def machine() -> dict[str, Any]:
 
 
 def rates(result: Mapping[str, Any], what: str = "targets", skip: int = 2) -> tuple[float, float, float]:
-    """(median, least, most) of `what` a second, over stretches of consecutive steps; the first `skip` are left out."""
+    """(median, least, most) of `what` a second, over stretches of consecutive steps; the first `skip` are left out, as
+    far as there are more."""
+    skip = min(skip, len(result["step_s"]) - 1)
     step_s, amount = np.array(result["step_s"])[skip:], np.array(result[what], float)[skip:]
-    if not len(step_s):
-        return float("nan"), float("nan"), float("nan")
     cuts = np.array_split(np.arange(len(step_s)), min(_WINDOWS, len(step_s)))
     found = [float(amount[own].sum() / step_s[own].sum()) for own in cuts]
     return statistics.median(found), min(found), max(found)

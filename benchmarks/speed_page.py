@@ -104,6 +104,8 @@ def _job(rows: Rows) -> str:
         ("ours", "dtrain, configs/train/seven.yaml"),
     ):
         found = rows.result("job", name)
+        if found is not None and "freeze" in found:  # what of BERT trains decides what a target costs
+            title += f" (freeze.policy={found['freeze']}, batch.fresh_items={found['fresh_items']})"
         lines.append((title, rows.why("job", name) if found is None else _rate(found)))
     text = (
         "Next-item training with histories of up to 50 on online_retail, amazon_games and grocery. The usual way: the "
@@ -169,10 +171,11 @@ def _processes(rows: Rows) -> str:
                 lines.append((name, title, NOT_MEASURED, "", "", ""))
                 continue
             wait = sum(found["wait_s"][2:]) / max(1e-9, sum(found["step_s"][2:]))
-            padding = 1 - sum(found["tokens"]) / max(1, sum(found["cells"]))
+            cells = sum(found["cells"])
+            padding = f"{1 - sum(found['tokens']) / cells:.1%}" if cells else "no texts"
             cores = 1 if way == "1x1" else 2
             share = f"{rates(found)[0] / (cores * one):.0%}" if one else ""
-            lines.append((name, title, _rate(found), share, f"{wait:.1%}", f"{padding:.1%}"))
+            lines.append((name, title, _rate(found), share, f"{wait:.1%}", padding))
     head = ("step", "processes x threads", "targets/s", "of one thread's rate, a core", "data wait", "padding")
     return _table(head, lines) + "\nThe global batch is the same in all rows of a step.\n"
 

@@ -21,7 +21,7 @@ __all__ = ["HISTORY", "LARGEST", "hour", "job", "processes", "write_histories"]
 
 #: The platforms with the most training rows.
 LARGEST = ("online_retail", "amazon_games", "grocery")
-HISTORY, HISTORY_TOKENS, HISTORY_BATCH = 50, 512, 32
+HISTORY, HISTORY_TOKENS = 50, 512
 _HOUR_S, _VALIDATE_S, _VALID_USERS = 3600.0, 600.0, 500
 _MAIN = str(ROOT / "configs/train/seven.yaml")
 _NAME = "histories"
@@ -64,13 +64,14 @@ def write_valid(manifest: Manifest, platforms: tuple[str, ...], users: int, path
 
 def _theirs(settings: Settings, seconds: float, bf16: bool) -> dict[str, Any]:
     steps = 200 if settings.quick else max(200, math.ceil(seconds))
+    batch = settings.batch // 2  # one text of a pair is as long as all others together
     path = settings.work / "texts" / f"{_NAME}-{steps}.json"
     if not path.is_file():
-        write_histories(Manifest.load(str(settings.data)), LARGEST, steps * HISTORY_BATCH, path)
+        write_histories(Manifest.load(str(settings.data)), LARGEST, steps * batch, path)
     return {
         "encoder": settings.encoder,
         "pairs": str(path),
-        "batch": HISTORY_BATCH,
+        "batch": batch,
         "tokens": HISTORY_TOKENS,
         "dropout": None,
         "bf16": bf16,

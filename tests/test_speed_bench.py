@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.peers.pair_job import Curve
 from benchmarks.speed_engine import load_run, measure
 from benchmarks.speed_evaluation import made_up, product_alone, ranked
 from benchmarks.speed_floor import counted, roofline, text_batch, text_engine
@@ -144,6 +146,7 @@ def test_the_roofline_is_the_slower_of_computing_and_moving() -> None:
 def test_rates_are_of_stretches_of_steps() -> None:
     found = {"step_s": [9.0, 9.0, *[1.0] * 8, 2.0, 2.0], "targets": [10] * 12}
     assert rates(found) == (10.0, 5.0, 10.0)
+    assert rates({"step_s": [2.0], "targets": [10]}) == (5.0, 5.0, 5.0)
 
 
 def test_ranking_is_compared_with_the_product_it_is_made_of() -> None:
@@ -215,3 +218,17 @@ def test_time_to_their_best_counts_from_when_we_first_pass_it() -> None:
     assert first_reach(theirs, curve((30, 0.01), (60, 0.04), (90, 0.05))) == (0.03, 1200, 20.0)
     assert first_reach(theirs, curve((30, 0.01))) == (0.03, 1200, 0.0)
     assert first_reach(None, theirs) is None
+
+
+def test_the_curve_of_a_peer_ranks_unseen_items_by_cosine(tmp_path: Path) -> None:
+    users = {"items": ["a", "b", "c"], "histories": ["near a", "near b"], "targets": [1, 1], "seen": [[0], [2]]}
+    (tmp_path / "valid.json").write_text(json.dumps({"shop": users}))
+    vectors = {"a": [1.0, 0.0], "b": [0.8, 0.6], "c": [0.0, 1.0], "near a": [0.9, 0.4], "near b": [1.0, 0.0]}
+    job = {"validate_s": 10.0, "valid": str(tmp_path / "valid.json")}
+    curve = Curve(job, lambda texts: torch.tensor([vectors[text] for text in texts]))
+    assert not curve.due(9.0)
+    assert curve.due(11.0)
+    curve.add(11.0)
+    # The first user has seen `a`, so that `b` is best; for the second, `a` is ahead of the target.
+    assert curve.points[0]["valid"]["shop"]["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert not curve.due(19.0)
