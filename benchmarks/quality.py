@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import commit
 from benchmarks.peers.registry import Peer, peers, tune
 from benchmarks.peers.side import TUNED_USERS, Side
-from benchmarks.quality_jobs import Cache, Job, Result, commit
+from benchmarks.quality_jobs import Cache, Job, Result
 from benchmarks.quality_page import write_page
 from benchmarks.quality_runs import Recipe, model_job, run_model
 from benchmarks.quality_stats import Plan

@@ -1,31 +1,18 @@
-"""The goals of the quality benchmark: each met, NOT met, or not run."""
+"""The goals of the quality benchmark: each met, NOT met, or not measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from benchmarks.pages import Goal
 from benchmarks.quality_stats import Numbers, geometric_mean
 
-__all__ = ["COLD_SLICES", "Goal", "goals"]
+__all__ = ["COLD_SLICES", "goals"]
 
 #: Platform -> least NDCG@10 on cold items, and whether the joint model must be strictly ahead of the text peers.
 COLD_SLICES = {"steam": (0.033, ("untuned", "bm25")), "amazon_scientific": (0.0, ("untuned",))}
 
 AHEAD, MEAN_RATIO, SEEDS = 6, 1.10, 3
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What was wanted and what was found; `met` is None where jobs are missing."""
-
-    text: str
-    found: str
-    met: bool | None
-
-    @property
-    def verdict(self) -> str:
-        return {True: "met", False: "**NOT met**", None: "not run"}[self.met]
 
 
 def goals(numbers: Numbers) -> list[Goal]:

@@ -6,7 +6,6 @@ results/KEY/PLATFORM.SPLIT.npy     rank of every user's target, int64, users in 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from dtrain.core.fingerprint import fingerprint
 from dtrain.core.storage import atomic_file, read_json, write_json
 from dtrain.train.metrics import summary
 
-__all__ = ["SPLITS", "Cache", "Job", "Result", "commit"]
+__all__ = ["SPLITS", "Cache", "Job", "Result"]
 
 SPLITS = ("valid", "test")
 
@@ -100,11 +99,3 @@ class Cache:
             for platform in raw["platforms"]
         }
         return Result(ranks=ranks, wall_s=raw["wall_s"], chosen=raw["chosen"], facts=raw["facts"])
-
-
-def commit() -> str:
-    """The checked-out commit, with a + when files differ from it; "unknown" outside of a repository."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=9"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pages import table
 from benchmarks.quality_chart import ratio_chart
 from benchmarks.quality_goals import COLD_SLICES, goals
 from benchmarks.quality_jobs import Cache
@@ -35,7 +35,7 @@ def render(numbers: Numbers, picture: str = "") -> str:
     chart = f"\n![Joint model over the best peer, by platform]({picture})\n" if picture else ""
     parts = [
         _head(numbers),
-        "## Goals\n\n" + _table(("goal", "found", ""), [(g.text, g.found, g.verdict) for g in goals(numbers)]),
+        "## Goals\n\n" + table(("goal", "found", ""), [(g.text, g.found, g.verdict) for g in goals(numbers)]),
         "## Test split: NDCG@10 (Recall@10)\n\n" + _scores(numbers),
         "## Joint model against the best peer\n\n" + _ratios(numbers) + chart,
         "## Joint model against our own model of one platform\n\n" + _solo(numbers),
@@ -81,7 +81,7 @@ def _scores(numbers: Numbers) -> str:
         ("split fingerprint", *(f"`{entry.split_fingerprint}`" for entry in platforms.values())),
     ]
     note = "\nBold: the best peer, by its test value, where all peers were run. ±: standard deviation over seeds."
-    return _table(("", *platforms), rows) + note
+    return table(("", *platforms), rows) + note
 
 
 def _ratios(numbers: Numbers) -> str:
@@ -103,7 +103,7 @@ def _ratios(numbers: Numbers) -> str:
     whole = len(found) == len(rows)
     mean = f"{geometric_mean(found):.3f}" if whole else _NOT_RUN + (f" ({len(found)} of {len(rows)})" if found else "")
     rows.append(("geometric mean", "", "", "", mean))
-    return _table(("platform", "best peer", "its NDCG@10", "joint", "ratio"), rows)
+    return table(("platform", "best peer", "its NDCG@10", "joint", "ratio"), rows)
 
 
 def _solo(numbers: Numbers) -> str:
@@ -117,7 +117,7 @@ def _solo(numbers: Numbers) -> str:
         "\nThe solo model has the same config on that platform alone, and as many of its samples as the joint model "
         "sees of it: steps, warm-up and the distance of validations are scaled by the platform's share."
     )
-    return _table(("platform", "joint", "solo", "joint - solo", ""), rows) + note
+    return table(("platform", "joint", "solo", "joint - solo", ""), rows) + note
 
 
 def _cold(numbers: Numbers) -> str:
@@ -130,7 +130,7 @@ def _cold(numbers: Numbers) -> str:
             against = "" if name == "joint" else _interval(numbers.against(name, platform, cold=True), "+.4f")
             metrics = (_value(numbers.cold_mean(name, platform, metric)) for metric in ("ndcg@10", "recall@10"))
             rows.append((platform, f"{users:,}", title, *metrics, against))
-    return _table(("platform", "users", "", "NDCG@10", "Recall@10", "joint - it, NDCG@10"), rows)
+    return table(("platform", "users", "", "NDCG@10", "Recall@10", "joint - it, NDCG@10"), rows)
 
 
 def _choices(numbers: Numbers) -> str:
@@ -150,7 +150,7 @@ def _choices(numbers: Numbers) -> str:
         for peer in numbers.plan.peers
         if peer.grid
     )
-    return _table(("peer", "platform", "chosen", "tried", "valid NDCG@10"), rows) + "\nTried values:\n" + grids
+    return table(("peer", "platform", "chosen", "tried", "valid NDCG@10"), rows) + "\nTried values:\n" + grids
 
 
 def _walls(numbers: Numbers) -> str:
@@ -168,12 +168,7 @@ def _walls(numbers: Numbers) -> str:
         "Peers: the search on valid and both rankings, in one process; text vectors are encoded once a "
         "platform, in the time of the first peer that needs them. "
     )
-    return _table(("", *platforms), rows) + f"\n{note}Joint model, all platforms together, one training a seed: {text}."
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table(("", *platforms), rows) + f"\n{note}Joint model, all platforms together, one training a seed: {text}."
 
 
 def _short(value: float, digits: int = 4) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_jobs import SPLITS, Job, Result, commit
+from benchmarks.pages import commit
+from benchmarks.quality_jobs import SPLITS, Job, Result
 from dtrain.core.comm import connect
 from dtrain.core.config import dump_yaml, load_config, to_dict
 from dtrain.core.errors import TrainError

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import table
 from benchmarks.scaling_formulas import Model, Step, block_opens, checkpoint_bytes, model_traffic, own_traffic
-from benchmarks.scaling_tables import PAGES, table
+from benchmarks.scaling_tables import PAGES
 from dtrain.data.shards import SHARD_SAMPLES
 from dtrain.engine.config import EngineConfig, OptimizerConfig
 from dtrain.engine.memory import estimate
@@ -190,7 +191,7 @@ def _row_tables(rows: list[Row]) -> str:
         ]
         head = ["case", "what", "predicted", "measured", "difference", "tolerance"]
         texts.append(f"### {part[0].upper()}{part[1:]}\n\n{table(head, lines)}")
-    return "\n\n".join(texts)
+    return "\n".join(texts)
 
 
 def _plan_table(plan: dict[str, Any]) -> str:
@@ -208,7 +209,7 @@ def _plan_table(plan: dict[str, Any]) -> str:
     both = {kind: size * 1e10 / SHARD_SAMPLES / 1e9 for kind, size in shard.items()}
     return (
         table([*head, "memory, MB", "of two epochs, MB"], lines)
-        + f"\n\nExactness: {exact['samples']:,} samples over 3 platforms and 1,024 ranks in {exact['steps']:,} steps; "
+        + f"\nExactness: {exact['samples']:,} samples over 3 platforms and 1,024 ranks in {exact['steps']:,} steps; "
         f"seen twice or never: {exact['wrong']}; {exact['seconds']:.0f} s, {exact['bytes'] / 1e6:.0f} MB, of which "
         f"{exact['marks'] / 1e6:.0f} MB are the marks.\n\nThe table of shards has {shard['file']:,.0f} bytes a shard, "
         f"and a reader {shard['own']:,.0f} of its own: {both['file']:.1f} GB for 10^10 samples, mapped and shared by a "
@@ -223,7 +224,8 @@ def write(page: Path, name: str, text: str) -> None:
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     if not re.search(pattern, old, re.DOTALL):
         raise SystemExit(f"{page}: no markers of {name}")
-    page.write_text(re.sub(pattern, lambda _: f"{begin}\n{text}\n{end}", old, flags=re.DOTALL), encoding="utf-8")
+    new = f"{begin}\n{text.strip()}\n{end}"
+    page.write_text(re.sub(pattern, lambda _: new, old, flags=re.DOTALL), encoding="utf-8")
 
 
 def report(results: dict[str, Any], docs: Path | None) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
+from benchmarks.pages import table
 from benchmarks.scaling_formulas import (
     Model,
     Step,
@@ -16,7 +17,7 @@ from benchmarks.scaling_formulas import (
 from dtrain.engine.config import EngineConfig, OptimizerConfig
 from dtrain.engine.memory import estimate
 
-__all__ = ["GPUS", "PAGES", "Assumed", "step_of", "table"]
+__all__ = ["GPUS", "PAGES", "Assumed", "step_of"]
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 #: The encoders as transformers' BertModel makes them, uncased English vocabulary; heads are small beside them.
@@ -51,13 +52,6 @@ def step_of(gpus: int, hidden: int) -> Step:
         rows=Assumed.items * Assumed.samples,
         hidden=hidden,
     )
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown."""
-    lines = [list(head), *map(list, rows)]
-    texts = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]])
 
 
 def memory() -> str:

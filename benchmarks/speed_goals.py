@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.pages import Goal
 from benchmarks.speed_floor import roofline
 from benchmarks.speed_jobs import Cache, rates
 from benchmarks.speed_pairs import PLATFORMS, same_losses
 
-__all__ = ["NOT_MEASURED", "Goal", "Rows", "first_reach", "goals", "macro", "share_of_roofline"]
+__all__ = ["NOT_MEASURED", "Rows", "first_reach", "goals", "macro", "share_of_roofline"]
 
 NOT_MEASURED = "not measured"
 _SAME = 1e-4  # relative distance of losses that are the same within rounding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goal:
-    """What is wanted and what was found. `met` is None where it was not measured."""
-
-    text: str
-    found: str
-    met: bool | None
-
-    @property
-    def verdict(self) -> str:
-        return NOT_MEASURED if self.met is None else "met" if self.met else "NOT met"
 
 
 class Rows:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.environments import python_with
-from benchmarks.quality_jobs import commit
+from benchmarks.pages import commit
 from dtrain.core.storage import read_json, write_json
 from dtrain.engine.precision import cpu_has_fast_bf16
 

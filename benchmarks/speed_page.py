@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import table
 from benchmarks.speed_floor import roofline
 from benchmarks.speed_goals import NOT_MEASURED, Rows, first_reach, goals, macro, share_of_roofline
 from benchmarks.speed_jobs import Cache, rates
@@ -27,7 +28,7 @@ def render(rows: Rows) -> str:
     """The page's Markdown."""
     parts = [
         _head(rows),
-        "## Goals\n\n" + _table(("goal", "found", ""), [(g.text, g.found, g.verdict) for g in goals(rows)]),
+        "## Goals\n\n" + table(("goal", "found", ""), [(g.text, g.found, g.verdict) for g in goals(rows)]),
         "## The same pairs\n\n" + _equality(rows) + "\n" + _pairs(rows),
         "## The same job\n\n" + _job(rows),
         "## The floor\n\n" + _floor(rows, "floor", ("minilm-64x64", "main")),
@@ -71,7 +72,7 @@ def _equality(rows: Rows) -> str:
             for step in range(len(found["loss"][columns[0]]))
         ]
         titles = [CONTENDERS[who][2] for who in columns]
-        text += f"{platform}:\n\n" + _table(("step", *titles), lines) + "\n"
+        text += f"{platform}:\n\n" + table(("step", *titles), lines) + "\n"
     return text
 
 
@@ -93,7 +94,7 @@ def _pairs(rows: Rows) -> str:
         "\nA row ends after its pairs or its seconds, whichever comes first. dtrain encodes an item once that occurs "
         "several times in a step. With two processes, peers gather the targets of both, so that the loss is the same.\n"
     )
-    return _table(head, lines) + note
+    return table(head, lines) + note
 
 
 def _job(rows: Rows) -> str:
@@ -110,7 +111,7 @@ def _job(rows: Rows) -> str:
     text = (
         "Next-item training with histories of up to 50 on online_retail, amazon_games and grocery. The usual way: the "
         "texts of the history end to end, newest first, cut at 512 tokens, one forward pass for one target.\n\n"
-        + _table(("", "targets/s"), lines)
+        + table(("", "targets/s"), lines)
         + "\n"
     )
     reached = first_reach(rows.result("job", "hour-st"), rows.result("job", "hour-ours"))
@@ -148,7 +149,7 @@ def _floor(rows: Rows, part: str, names: Sequence[str]) -> str:
                 f"{share_of_roofline(found):.0%}",
             )
         )
-        text += f"\nWhere a step of {name} goes:\n\n" + _table(
+        text += f"\nWhere a step of {name} goes:\n\n" + table(
             ("operation", "share of own time", "calls a step"),
             [(f"`{op['op'][:70]}`", f"{op['share']:.1%}", f"{op['calls']:,.0f}") for op in found["profile"]],
         )
@@ -158,7 +159,7 @@ def _floor(rows: Rows, part: str, names: Sequence[str]) -> str:
         "written. Bytes are the least that must move: weights, gradients, AdamW's state, and activations once each "
         "way.\n"
     )
-    return _table(head, lines) + note + text
+    return table(head, lines) + note + text
 
 
 def _processes(rows: Rows) -> str:
@@ -177,7 +178,7 @@ def _processes(rows: Rows) -> str:
             share = f"{rates(found)[0] / (cores * one):.0%}" if one else ""
             lines.append((name, title, _rate(found), share, f"{wait:.1%}", padding))
     head = ("step", "processes x threads", "targets/s", "of one thread's rate, a core", "data wait", "padding")
-    return _table(head, lines) + "\nThe global batch is the same in all rows of a step.\n"
+    return table(head, lines) + "\nThe global batch is the same in all rows of a step.\n"
 
 
 def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
@@ -192,7 +193,7 @@ def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
         cells = (f"{job['items']:,}", f"{job['users']:,}", _spread(found["ours"]), _spread(found["floor"]))
         lines.append((*cells, f"{ours / alone:.0%}", f"{found['extra_bytes'] / 2**20:,.0f}"))
     head = ("items", "users", "users/s", "its matrix product alone", "share", "memory beyond the vectors, MiB")
-    text = "Vectors of 128 numbers, histories of 20 items excluded, exact ranks.\n\n" + _table(head, lines)
+    text = "Vectors of 128 numbers, histories of 20 items excluded, exact ranks.\n\n" + table(head, lines)
     theirs = rows.result("evaluation", "recbole")
     if theirs is None:
         return text + f"\nRecBole's full sort on the same vectors: {NOT_MEASURED}.\n"
@@ -205,7 +206,7 @@ def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
     if own is not None:
         made.insert(0, ("dtrain", _spread(own["ours"]), f"{own['recall@10']:.4f}"))
     title = "\nRecBole's full sort on the same vectors, 17,000 items:\n\n"
-    return text + title + _table(("", "users/s", "Recall@10"), made)
+    return text + title + table(("", "users/s", "Recall@10"), made)
 
 
 def _gpu(rows: Rows) -> str:
@@ -217,7 +218,7 @@ def _gpu(rows: Rows) -> str:
     pairs = [(n.removeprefix("pairs-"), _rate(rows.result("gpu", n) or {})) for n in names if n.startswith("pairs-")]
     return (
         text
-        + _table(("made-up pairs", "pairs/s"), pairs)
+        + table(("made-up pairs", "pairs/s"), pairs)
         + "\n"
         + _floor(rows, "gpu", [n for n in names if n.startswith("floor-")])
         + "\n"
@@ -245,8 +246,3 @@ def _rate(found: Mapping[str, Any]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):,.0f} ({min(values):,.0f} .. {max(values):,.0f})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

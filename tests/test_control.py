@@ -42,7 +42,7 @@ from tests.ranks import SERVER, run_ranks
 from tests.store_toys import newest
 from tests.stream_toys import bare_manifest
 from tests.test_resume import CONFIG, bound
-from tests.train_toys import run_config
+from tests.train_toys import AskedAt, run_config
 
 ALONE = Comm(World(), torch.device("cpu"))
 SAMPLES = {"big": 6000, "mid": 3000, "small": 1000}
@@ -111,20 +111,6 @@ def test_the_geometric_mean_counts_a_tenth_more_alike_everywhere() -> None:
 
 STEPS, SEGMENT, SHORT, END = 40, 9, 12, 18
 TRAIN = {"steps": STEPS, "valid_every": 3, "checkpoint_every": 4, "platform_patience": 2, "log_every": 2}
-
-
-class AskedAt(StopFlag):
-    """Asks for a stop when it was looked at so many times."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self._left = looks
-
-    def agree(self, comm: Comm) -> bool:
-        if self._left == 0:
-            self.ask("SIGUSR1")
-        self._left -= 1
-        return super().agree(comm)
 
 
 def scripted(config: RunConfig, inputs: Any, engine: Any, comm: Comm) -> Callable[[], dict[str, dict[str, float]]]:

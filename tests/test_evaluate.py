@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +12,22 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from dtrain.batches.items import Items
-from dtrain.batches.tokens import TokenCache
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError, TrainError
 from dtrain.core.world import World
-from dtrain.data.manifest import Manifest
-from dtrain.model.build import build_model
-from dtrain.model.config import EncoderConfig, ModelConfig, ObjectiveConfig, UserConfig
-from dtrain.model.recommender import Recommender
+from dtrain.model.config import EncoderConfig
 from dtrain.train.baselines import count_transitions, untuned_encoder
 from dtrain.train.evaluate import EvaluateConfig, evaluate, model_scorer, validate
 from dtrain.train.metrics import METRICS, summary
 from dtrain.train.subjects import shared_ranks, subjects
 from dtrain.train.table import render_table
 from dtrain.train.vectors import encode_catalog, length_batches
+from tests.eval_cases import MAX_POSITIONS, Case, open_case
 from tests.eval_toys import PLATFORMS, item_texts, prepared, targets_of, train_counts, user_sequences
 from tests.ranks import run_ranks
 
 ALONE = Comm(World(), torch.device("cpu"))
 CONFIG = EvaluateConfig(resamples=1000, batch_tokens=200, block_bytes=2000)
-MAX_POSITIONS = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    manifest: Manifest
-    items: Items
-    model: Recommender
-    encoder: Path
-
-    @property
-    def caches(self) -> dict[str, TokenCache]:
-        return dict(zip(self.manifest.platforms, self.items.tokens))
-
-
-def open_case(root: Path, encoder: Path) -> Case:
-    manifest = Manifest.load(root)
-    items = Items.open(manifest, AutoTokenizer.from_pretrained(encoder), 16)
-    torch.manual_seed(3)
-    config = ModelConfig(
-        encoder=EncoderConfig(name=str(encoder)),
-        dim=16,
-        user=UserConfig(layers=1, heads=2, feedforward=32, max_positions=MAX_POSITIONS),
-    )
-    sizes = {name: size for name, (size, _) in PLATFORMS.items()}
-    model = build_model(config, ObjectiveConfig(), sizes, dict.fromkeys(sizes, 2), pretrained=True)
-    with torch.no_grad():  # what training would have taught: items differ, cold ones too, though that must not count
-        assert model.items.id is not None
-        assert model.items.bias is not None
-        model.items.id.weight.normal_(std=0.3)
-        model.items.bias.weight.normal_()
-    return Case(manifest, items, model.eval(), encoder)
 
 
 @pytest.fixture(scope="module")

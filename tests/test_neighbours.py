@@ -19,9 +19,9 @@ from dtrain.model.neighbours import NEAR
 from dtrain.train.evaluate import WEIGHTS, blended, fit_neighbours, own_scorer
 from dtrain.train.metrics import gains
 from dtrain.train.subjects import Subject, shared_ranks, subjects
+from tests.eval_cases import Case, open_case
 from tests.eval_toys import OVERLAP, PLATFORMS, WINDOW, prepared, user_sequences
 from tests.ranks import run_ranks
-from tests.test_evaluate import Case, open_case
 
 ALONE = Comm(World(), torch.device("cpu"))
 CONFIG = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)

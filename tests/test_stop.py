@@ -26,26 +26,12 @@ from dtrain.train.stopflag import StopFlag
 from tests.jobs import Job
 from tests.ranks import run_ranks
 from tests.store_toys import newest
-from tests.train_toys import call, command, free_port, run_config
+from tests.train_toys import AskedAt, call, command, free_port, run_config
 
 STEPS = 12
 ENDLESS = {"steps": 1_000_000, "valid_every": 20, "checkpoint_every": 0, "log_every": 5}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "PORT"]
-
-
-class AskedAt(StopFlag):
-    """Asks this rank at the end of its n-th step of this start."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._left = steps
-
-    def agree(self, comm: Comm) -> bool:
-        if self._left == 0:
-            self.ask("SIGUSR1")
-        self._left -= 1
-        return super().agree(comm)
 
 
 def _cut(comm: Comm, config: str, run: str, steps: int | None) -> list[str]:

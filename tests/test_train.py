@@ -16,8 +16,16 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import dtrain
+from dtrain.core.comm import Comm
 from dtrain.core.errors import DataError
+from dtrain.core.world import World
 from dtrain.data.manifest import Manifest
+from dtrain.model.recommender import Recommender
+from dtrain.train.evaluate import model_scorer
+from dtrain.train.open import open_run
+from dtrain.train.ranking import top_items
+from dtrain.train.subjects import subjects
+from dtrain.train.vectors import encode_catalog
 from tests.train_toys import ROOT, call, command, environment, free_port, losses, run_config
 
 
@@ -226,6 +234,31 @@ def test_recommendations_leave_out_the_history_and_follow_it(exported: Path) -> 
     ):
         with pytest.raises(DataError):
             bad()
+
+
+def test_an_export_recommends_what_the_run_ranks_first(exported: Path, trained: Path) -> None:
+    comm, model = Comm(World(), torch.device("cpu")), dtrain.load(exported)
+    opened = open_run(trained, comm)
+    assert isinstance(opened.model, Recommender)
+    caches = list(opened.inputs.caches.values())
+    text_NH = encode_catalog(opened.model.encode_texts, caches, comm, batch_tokens=4096)
+    weights = []
+    for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
+        weights.append(opened.model.neighbour_weight(subject.number))
+        users = subject.users
+        scorer = model_scorer(opened.model, text_NH, subject, comm.device)(slice(0, len(users)))
+        best_BK, score_BK = top_items(scorer, users.histories, 5, items=subject.items)
+        names, events = model.items(subject.name), opened.manifest.platform(subject.name).events
+        for user in range(0, len(users), 7):
+            found = model.recommend(
+                subject.name,
+                [names[item] for item in users.histories[user]],
+                k=5,
+                events=[events[event] for event in users.history_events[user]],
+            )
+            assert [item.id for item in found] == [names[item] for item in best_BK[user]]
+            np.testing.assert_allclose([item.score for item in found], score_BK[user], rtol=1e-4)
+    assert max(weights) > 0  # so that item-to-item statistics are among what is compared
 
 
 def test_an_export_that_does_not_reproduce_the_run_is_refused(

@@ -14,11 +14,27 @@ from typing import Any
 
 import yaml
 
+from dtrain.core.comm import Comm
 from dtrain.data.prepare import prepare
+from dtrain.train.stopflag import StopFlag
 from tests.conftest import WORDS
 from tests.prepare_toys import DAY, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class AskedAt(StopFlag):
+    """Asks this rank at the n-th look of this start: one at the end of each step, and one where something is due."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self._left = looks
+
+    def agree(self, comm: Comm) -> bool:
+        if self._left == 0:
+            self.ask("SIGUSR1")
+        self._left -= 1
+        return super().agree(comm)
 
 
 def write_shops(folder: Path, users: int = 60, items: int = 40) -> Path:

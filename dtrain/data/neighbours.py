@@ -57,8 +57,10 @@ class NeighbourConfig:
         for name, low in (("last", 1), ("sources", 1), ("max_pairs", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"model.neighbours.{name}={getattr(self, name)}: must be at least {low}")
-        if not (self.decay >= 0 and self.ridge > 0):
-            raise ConfigError(f"model.neighbours.decay={self.decay} must be 0 or more, .ridge={self.ridge} above 0")
+        if not self.decay >= 0:
+            raise ConfigError(f"model.neighbours.decay={self.decay}: must be 0 (all items alike) or more")
+        if not self.ridge > 0:
+            raise ConfigError(f"model.neighbours.ridge={self.ridge}: must be above 0; 100 suits most platforms")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -65,8 +65,8 @@ def take_over(
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
     (adapters that add nothing, id vectors and biases of zero), event vectors of zero, and for attention biases the mean
-    over `old`. Memory is left alone. `temperature` is
-    the one that those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
+    over `old`. Memory is left alone. `temperature` is the one that those weights began with. Raises ConfigError, naming
+    `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
     _check_names(parameters.keys(), saved["master"], whose)

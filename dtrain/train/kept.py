@@ -54,7 +54,7 @@ def catalog_vectors(
     found = [_read(manifest, platform, name, encoder.hidden) for platform, name in names.items()]
     if all(comm.gather_json(all(part is not None for part in found))):
         return torch.cat([part for part in found if part is not None])
-    text_NH = encode_catalog(encoder, list(caches.values()), comm, batch_tokens=batch_tokens, what=what)
+    text_NH = encode_catalog(encoder, [caches[p] for p in names], comm, batch_tokens=batch_tokens, what=what)
     if keep and comm.world.local_rank == 0:
         first = 0
         for platform, name in names.items():

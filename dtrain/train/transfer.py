@@ -28,6 +28,7 @@ _SAME = (
     "train.task",
     "model.dim",
     "model.project",
+    "model.standardize",
     "model.encoder.pooling",
     "model.user.layers",
     "model.user.heads",
