@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from dtrain.batches.items import Items
 from dtrain.batches.tokens import TokenCache
+from dtrain.core.comm import Comm
+from dtrain.core.world import World
 from dtrain.data.manifest import Manifest
 from dtrain.model.build import build_model
 from dtrain.model.config import EncoderConfig, ModelConfig, ObjectiveConfig, UserConfig
 from dtrain.model.recommender import Recommender
+from dtrain.train.vectors import encode_catalog
 from tests.eval_toys import PLATFORMS
 
 MAX_POSITIONS = 8
@@ -25,6 +30,13 @@ class Case:
     items: Items
     model: Recommender
     encoder: Path
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Text vectors of all items."""
+        return encode_catalog(
+            self.model.encode_texts, list(self.caches.values()), Comm(World(), torch.device("cpu")), batch_tokens=200
+        )
 
     @property
     def caches(self) -> dict[str, TokenCache]:

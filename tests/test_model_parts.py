@@ -281,8 +281,8 @@ def test_description_counts_every_weight_once(tiny_encoder: Path) -> None:
     assert told["parameters"] == sum(p.numel() for p in model.parameters())
     assert told["trainable"] == told["parameters"] - told["parts"]["encoder"]["parameters"]
     assert sum(part["parameters"] for part in told["parts"].values()) == told["parameters"]
-    # Memory, and mean and scale of the text vectors.
-    own = model.memory.vector_IH.numel() + model.neighbours.weight_P.numel()
+    # Memory, mean and scale of the text vectors, and four weights a platform.
+    own = model.memory.vector_IH.numel() + sum(weights.numel() for weights in model.blend.buffers())
     assert told["buffer_floats"] == own + 2 * model.encoder.hidden
     frozen = train_flops_per_token(model.encoder, 16)
     assert train_flops_per_token(toy_model(tiny_encoder).encoder, 16) > 2.5 * frozen

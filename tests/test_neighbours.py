@@ -1,4 +1,4 @@
-"""Item-to-item statistics: their weights against the definition, their part in a score, and how much they may weigh."""
+"""Item-to-item statistics: their weights against the definition, and the file they are kept in."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
-from dtrain.core.world import World
 from dtrain.data import neighbours, pairs
 from dtrain.data.neighbours import ItemToItem, NeighbourConfig, find_neighbours, open_neighbours
 from dtrain.data.shards import ShardReader
-from dtrain.model.neighbours import NEAR
-from dtrain.train.evaluate import WEIGHTS, blended, fit_neighbours, own_scorer
-from dtrain.train.metrics import gains
-from dtrain.train.subjects import Subject, shared_ranks, subjects
-from tests.eval_cases import Case, open_case
 from tests.eval_toys import OVERLAP, PLATFORMS, WINDOW, prepared, user_sequences
-from tests.ranks import run_ranks
 
-ALONE = Comm(World(), torch.device("cpu"))
 CONFIG = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
 
 
@@ -104,68 +94,6 @@ def test_of_too_many_pairs_every_nth_window_is_counted(tmp_path: Path) -> None:
     few = find_neighbours(reader, PLATFORMS["right"][0], dataclasses.replace(CONFIG, max_pairs=50))
     every = find_neighbours(reader, PLATFORMS["right"][0], CONFIG)
     assert 0 < len(few.item_E) < len(every.item_E)
-
-
-def near_by_hand(subject: Subject, user: int) -> np.ndarray:
-    assert subject.neighbours is not None
-    dense, history = as_dense(subject.neighbours), subject.users.histories[user]
-    recent = history[::-1][: CONFIG.last]
-    return np.asarray(sum(dense[item] * (1 + age) ** -CONFIG.decay for age, item in enumerate(recent)))
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
-    root = tmp_path_factory.mktemp("data")
-    prepared(root)
-    return open_case(root, tiny_encoder)
-
-
-def test_the_blend_adds_the_log_of_what_neighbours_say(case: Case) -> None:
-    subject = subjects(case.manifest, "valid", CONFIG)[2]
-    own = torch.randn(4, subject.items, generator=torch.Generator().manual_seed(0))
-    share = slice(3, 7)
-    found = blended(lambda rows: own[rows].clone(), subject, share, 1.5)(slice(0, 4)).numpy()
-    for user in range(4):
-        near = np.maximum(near_by_hand(subject, share.start + user), 0)
-        np.testing.assert_allclose(found[user], own[user].numpy() + 1.5 * np.log1p(near / NEAR), rtol=1e-4)
-    assert blended(lambda rows: own[rows].clone(), subject, share, 0.0)(slice(0, 4)).equal(own)
-
-
-def fitted(case: Case, comm: Comm) -> list[float]:
-    platforms = subjects(case.manifest, "valid", CONFIG)
-    text_NH = torch.zeros(len(case.items), case.model.encoder.hidden)
-    assert case.model.neighbours is not None
-    case.model.neighbours.weight_P.zero_()
-    fit_neighbours(case.model, platforms, text_NH, comm, metric="ndcg@10")
-    return [float(w) for w in case.model.neighbours.weight_P]
-
-
-def test_each_platform_gets_the_weight_that_is_best_on_its_valid_users(case: Case) -> None:
-    weights = fitted(case, ALONE)
-    text_NH = torch.zeros(len(case.items), case.model.encoder.hidden)
-    for subject in subjects(case.manifest, "valid", CONFIG):
-        if not len(subject.users):
-            assert weights[subject.number] == 0
-            continue
-        own = own_scorer(case.model, text_NH, subject, ALONE.device)
-        quality = {
-            weight: gains(
-                shared_ranks(subject, lambda share, s=subject, o=own, w=weight: blended(o(share), s, share, w), ALONE),
-                "ndcg@10",
-            ).mean()
-            for weight in WEIGHTS
-        }
-        assert len(set(quality.values())) > 1  # it matters
-        assert quality[weights[subject.number]] == max(quality.values())
-
-
-def _fit_on_ranks(comm: Comm, root: str, encoder: str) -> list[float]:
-    return fitted(open_case(Path(root), Path(encoder)), comm)
-
-
-def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
-    expected = fitted(case, ALONE)
-    assert run_ranks(2, tmp_path, _fit_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
 
 
 @pytest.mark.parametrize(("key", "value"), [("last", 0), ("sources", 0), ("decay", -1.0), ("ridge", 0.0)])

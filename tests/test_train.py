@@ -242,9 +242,9 @@ def test_an_export_recommends_what_the_run_ranks_first(exported: Path, trained: 
     assert isinstance(opened.model, Recommender)
     caches = list(opened.inputs.caches.values())
     text_NH = encode_catalog(opened.model.encode_texts, caches, comm, batch_tokens=4096)
-    weights = []
+    mixes = []
     for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
-        weights.append(opened.model.neighbour_weight(subject.number))
+        mixes.append(opened.model.blend.of(subject.number))
         users = subject.users
         scorer = model_scorer(opened.model, text_NH, subject, comm.device)(slice(0, len(users)))
         best_BK, score_BK = top_items(scorer, users.histories, 5, items=subject.items)
@@ -258,7 +258,8 @@ def test_an_export_recommends_what_the_run_ranks_first(exported: Path, trained: 
             )
             assert [item.id for item in found] == [names[item] for item in best_BK[user]]
             np.testing.assert_allclose([item.score for item in found], score_BK[user], rtol=1e-4)
-    assert max(weights) > 0  # so that item-to-item statistics are among what is compared
+    for name in ("statistics", "texts"):  # so that they are among what is compared
+        assert max(getattr(mix, name) for mix in mixes) > 0
 
 
 def test_an_export_that_does_not_reproduce_the_run_is_refused(

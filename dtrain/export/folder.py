@@ -4,7 +4,7 @@ config.json, model.safetensors, tokenizer files    the fine-tuned encoder
 modules.json, 1_Pooling/, sentence_bert_config.json   how SentenceTransformer pools it
 README.md, metrics.json                            the model card and the run's evaluation
 recommender/recommender.json, model.safetensors    the rest of the model and its config
-recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vector, bias
+recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vector, bias, text vector
 recommender/neighbours/PLATFORM.arrow              item-to-item weights, if the model goes with them
 """
 
@@ -33,8 +33,8 @@ from dtrain.model.recommender import Recommender
 from dtrain.train.kept import catalog_vectors
 from dtrain.train.open import OpenRun, open_run
 from dtrain.train.score import read_metrics
+from dtrain.train.shelf import Shelf, open_shelf
 from dtrain.train.subjects import Subject, subjects
-from dtrain.train.vectors import item_vectors
 
 __all__ = ["TOLERANCE", "export"]
 
@@ -82,16 +82,9 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
     save_file(weights, folder / "recommender" / "model.safetensors")
     shelves: dict[str, Tensor] = {}
     for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
-        vector_ND, bias_N = item_vectors(
-            model,
-            text_NH[subject.rows],
-            subject.catalog.counts,
-            first_row=subject.first_row,
-            platform=subject.number,
-            device=torch.device("cpu"),
-        )
-        _write_items(folder / "recommender" / "items" / f"{subject.name}.arrow", subject, vector_ND, bias_N)
-        shelves[subject.name] = vector_ND
+        shelf = open_shelf(model, text_NH, subject, torch.device("cpu"))
+        _write_items(folder / "recommender" / "items" / f"{subject.name}.arrow", subject, shelf)
+        shelves[subject.name] = shelf.vector_ND
         if subject.neighbours is not None:
             (folder / "recommender" / "neighbours").mkdir(exist_ok=True)
             with (folder / "recommender" / "neighbours" / f"{subject.name}.arrow").open("wb") as file:
@@ -147,19 +140,24 @@ def _write_sentence_transformer(folder: Path, model: Recommender, max_tokens: in
     write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
-def _write_items(path: Path, subject: Subject, vector_ND: Tensor, bias_N: Tensor) -> None:
-    flat = pa.array(vector_ND.numpy().reshape(-1))
+def _write_items(path: Path, subject: Subject, shelf: Shelf) -> None:
     columns = {
         "item": subject.catalog.items,
         "text": subject.catalog.texts,
         "category": subject.catalog.categories,
         "count": pa.array(subject.catalog.counts),
-        "vector": pa.FixedSizeListArray.from_arrays(flat, vector_ND.shape[1]),
-        "bias": pa.array(bias_N.numpy()),
+        "vector": _vectors(shelf.vector_ND),
+        "bias": pa.array(shelf.bias_N.numpy()),
     }
+    if shelf.text_NH is not None:
+        columns["text_vector"] = _vectors(shelf.text_NH)
     table = pa.table(columns)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
+
+
+def _vectors(vector_ND: Tensor) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.numpy().reshape(-1)), vector_ND.shape[1])
 
 
 @torch.no_grad()

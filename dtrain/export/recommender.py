@@ -24,15 +24,22 @@ from dtrain.core.storage import read_json
 from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import ItemToItem, NeighbourConfig, read_neighbours
 from dtrain.model.build import build_model
-from dtrain.model.config import AdapterConfig, EncoderConfig, FreezeConfig, ModelConfig, ObjectiveConfig, UserConfig
-from dtrain.model.neighbours import blend
+from dtrain.model.config import (
+    AdapterConfig,
+    BlendConfig,
+    EncoderConfig,
+    FreezeConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    UserConfig,
+)
 from dtrain.model.recommender import Recommender
-from dtrain.train.ranking import history_scorer
+from dtrain.train.shelf import Shelf
 
 __all__ = ["FORMAT", "Item", "LoadedRecommender", "load", "model_config"]
 
 #: Version of the folder's layout.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +52,21 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shelf:
-    """One platform's items: ids, texts, vectors and biases in catalogue order."""
+class _Platform:
+    """One platform's events and items in catalogue order."""
 
     index: int
     events: list[str]
     rows: dict[str, int]
     items: list[str]
     texts: Sequence[Any]
-    vector_ND: Tensor
-    bias_N: Tensor
-    neighbours: ItemToItem | None
+    scored: Shelf
 
 
 class LoadedRecommender:
     """A recommender opened from an export folder. `platforms` are the names it knows."""
 
-    def __init__(self, model: Recommender, tokenizer: Any, shelves: dict[str, _Shelf], max_tokens: int) -> None:
+    def __init__(self, model: Recommender, tokenizer: Any, shelves: dict[str, _Platform], max_tokens: int) -> None:
         self._model, self._tokenizer, self._shelves, self._max_tokens = model, tokenizer, shelves, max_tokens
 
     @property
@@ -78,7 +83,7 @@ class LoadedRecommender:
 
     def vectors(self, platform: str) -> Tensor:
         """Item vectors [N, D], fp32, of a platform, in catalogue order."""
-        return self._shelf(platform).vector_ND
+        return self._shelf(platform).scored.vector_ND
 
     def encode(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """Text vectors [N, H], float32, of any texts, `batch` at a time."""
@@ -117,15 +122,14 @@ class LoadedRecommender:
         longest = self._model.user.max_positions
         recent = torch.tensor(rows[-longest:])
         user_D = self._model.user_vectors(
-            shelf.vector_ND[recent][None],
+            shelf.scored.vector_ND[recent][None],
             torch.tensor(codes[-longest:])[None],
             torch.ones(1, len(recent), dtype=torch.bool),
             torch.tensor([shelf.index]),
         )[0]
-        score_N = shelf.vector_ND @ user_D / self._model.current_temperature() + shelf.bias_N
-        if (weight := self._model.neighbour_weight(shelf.index)) and shelf.neighbours is not None:
-            lists = Ragged(np.asarray(rows), np.array([0, len(rows)]))
-            blend(score_N[None], history_scorer(shelf.neighbours, lists)(slice(0, 1)), weight)
+        user_1D = user_D[None] / self._model.current_temperature()
+        lists, mix = Ragged(np.asarray(rows), np.array([0, len(rows)])), self._model.blend.of(shelf.index)
+        score_N = shelf.scored.scorer(user_1D, lists, mix)(slice(0, 1))[0]
         allowed = len(shelf.items)
         if exclude_seen:
             score_N[torch.tensor(rows)] = -torch.inf
@@ -136,7 +140,7 @@ class LoadedRecommender:
             for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _shelf(self, platform: str) -> _Shelf:
+    def _shelf(self, platform: str) -> _Platform:
         if platform not in self._shelves:
             hint = nearest(platform, self.platforms)
             raise DataError(f"platform {platform!r} is not one of {', '.join(self.platforms)}.{hint}")
@@ -192,8 +196,7 @@ def load(path: str | Path) -> LoadedRecommender:
     if missing or unexpected:
         raise DataError(f"{root}: weights {[*missing, *unexpected][:3]} don't fit its config; export the run again")
     model.eval()
-    near = NeighbourConfig(**facts["model"]["neighbours"])
-    shelves = {name: _open_shelf(root, name, i, platforms[name], near) for i, name in enumerate(platforms)}
+    shelves = {name: _open_shelf(root, name, i, platforms[name], facts["model"]) for i, name in enumerate(platforms)}
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     return LoadedRecommender(model, tokenizer, shelves, facts["text_tokens"])
 
@@ -208,12 +211,13 @@ def model_config(saved: dict[str, Any], encoder: Path) -> ModelConfig:
             "adapter": AdapterConfig(**saved["adapter"]),
             "freeze": FreezeConfig(**saved["freeze"]),
             "neighbours": NeighbourConfig(**saved["neighbours"]),
+            "blend": BlendConfig(**saved["blend"]),
         }
     )
     return dataclasses.replace(config, memory=False)
 
 
-def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], near: NeighbourConfig) -> _Shelf:
+def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], saved: dict[str, Any]) -> _Platform:
     path = root / "recommender" / "items" / f"{name}.arrow"
     try:
         with pa.memory_map(str(path)) as mapped:
@@ -221,12 +225,24 @@ def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], near: 
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable ({error}); export the run again") from error
     items = table.column("item").to_pylist()
-    vectors = table.column("vector").combine_chunks()
-    vector_ND = torch.from_numpy(vectors.flatten().to_numpy().reshape(len(items), -1).copy())
-    bias_N = torch.from_numpy(table.column("bias").to_numpy().copy())
+    near = NeighbourConfig(**saved["neighbours"])
+    scored = Shelf(
+        vector_ND=_matrix(table, "vector"),
+        bias_N=torch.from_numpy(table.column("bias").to_numpy().copy()),
+        text_NH=_matrix(table, "text_vector") if saved["blend"]["texts"] else None,
+        cold_C=torch.from_numpy(np.flatnonzero(table.column("count").to_numpy() == 0)),
+        neighbours=(
+            _open_neighbours(root / "recommender" / "neighbours" / f"{name}.arrow", near) if near.enabled else None
+        ),
+        last=saved["blend"]["texts"],
+    )
     rows = {item: row for row, item in enumerate(items)}
-    neighbours = _open_neighbours(root / "recommender" / "neighbours" / f"{name}.arrow", near) if near.enabled else None
-    return _Shelf(index, list(facts["events"]), rows, items, table.column("text"), vector_ND, bias_N, neighbours)
+    return _Platform(index, list(facts["events"]), rows, items, table.column("text"), scored)
+
+
+def _matrix(table: pa.Table, name: str) -> Tensor:
+    flat = table.column(name).combine_chunks().flatten().to_numpy()
+    return torch.from_numpy(flat.reshape(len(table), -1).copy())
 
 
 def _open_neighbours(path: Path, config: NeighbourConfig) -> ItemToItem:

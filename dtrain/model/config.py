@@ -11,6 +11,7 @@ from dtrain.data.neighbours import NeighbourConfig
 
 __all__ = [
     "AdapterConfig",
+    "BlendConfig",
     "EncoderConfig",
     "FreezeConfig",
     "LoraConfig",
@@ -91,6 +92,19 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlendConfig:
+    """What goes into a score beside the model's own and item-to-item statistics (`neighbours`)."""
+
+    texts: int = 5  # last items of a history whose texts an item's text is compared with; 0: none
+    cold_cost: float = 0.01  # share of a platform's valid metric that a head start for items never trained on may cost
+
+    def __post_init__(self) -> None:
+        _at_least("blend.texts", self.texts, 0)
+        if not 0 <= self.cold_cost < 1:
+            raise ConfigError(f"blend.cold_cost={self.cold_cost} is no share; use 0 (it may cost nothing) <= cost < 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
     """Low-rank changes of the encoder's linear maps, of attention and feed-forward layers: W + alpha / rank * B A."""
 
@@ -118,6 +132,7 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     neighbours: NeighbourConfig = field(default_factory=NeighbourConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
 
     def __post_init__(self) -> None:
         _at_least("dim", self.dim, 1)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import Histories, ItemTable, ItemTexts, StepBatch
+from dtrain.model.blend import Blend
 from dtrain.model.config import ModelConfig, ObjectiveConfig
 from dtrain.model.encoder import Encoder
 from dtrain.model.items import ItemTower, Memory
 from dtrain.model.layers import Temperature, recomputed, unit
-from dtrain.model.neighbours import Neighbours
 from dtrain.model.objectives import info_nce
 from dtrain.model.user import LastItem, UserEncoder
 
@@ -36,7 +36,7 @@ def alone(rows_ND: Tensor) -> Tensor:
 class Recommender(nn.Module):
     """Scores every item of a platform for a history: `user . item / temperature + bias`.
 
-    With `neighbours`, whoever ranks adds item-to-item statistics at their weight, see `dtrain.model.neighbours.blend`.
+    Whoever ranks adds to its score what `blend` gives a weight, see `dtrain.model.blend`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Recommender(nn.Module):
         self.user = UserEncoder(config, event_counts) if config.user.layers else LastItem(config)
         self.temperature = Temperature(objective.temperature, learned=objective.learned_temperature)
         self.memory = Memory(items, encoder.hidden) if config.memory else None
-        self.neighbours = Neighbours(len(event_counts)) if config.neighbours.enabled else None
+        self.blend = Blend(config.blend, len(event_counts))
 
     def forward(self, batch: StepBatch, gather: Gather = alone) -> Tensor:
         """Per-platform sums [P] (fp32) of weight * negative log likelihood over this rank's targets.
@@ -164,10 +164,6 @@ class Recommender(nn.Module):
         """
         user_BD = self.user.last(item_BLD, event_BL, mask_BL, platform_B)
         return unit(user_BD) if self.objective.normalize else user_BD
-
-    def neighbour_weight(self, platform: int) -> float:
-        """What item-to-item statistics of the platform of this number weigh beside the model's score; 0: nothing."""
-        return 0.0 if self.neighbours is None else float(self.neighbours.weight_P[platform])
 
     @torch.no_grad()
     def current_temperature(self) -> float:

@@ -24,8 +24,9 @@ __all__ = ["PlatformSize", "is_own", "take_over"]
 #: Tables in which each platform has rows of its own, one after another in platform order: what a row is of.
 _OWN = (
     (re.compile(r"items\.(id|bias)\.weight"), "item"),
-    (re.compile(r"(items|user)\.adapter\.\w+|neighbours\.weight_P"), "platform"),
+    (re.compile(r"(items|user)\.adapter\.\w+|blend\.(statistics|cold_own|head_start)_P"), "platform"),
     (re.compile(r"user\.event\.weight"), "event"),
+    (re.compile(r"blend\.texts_P"), "texts"),
     (re.compile(r"user\.blocks\.\d+\.attention\.distance\.weight"), "distance"),
 )
 
@@ -64,9 +65,9 @@ def take_over(
     """Fill a newly built `model` of the platforms `new` with weights that were trained on the platforms `old`.
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
-    (adapters that add nothing, id vectors and biases of zero), event vectors of zero, and for attention biases the mean
-    over `old`. Memory is left alone. `temperature` is the one that those weights began with. Raises ConfigError, naming
-    `whose` they are, where shapes differ.
+    (adapters that add nothing, id vectors and biases of zero), event vectors of zero, and for attention biases and the
+    weight of texts the mean over `old`. Memory is left alone. `temperature` is the one that those weights began with.
+    Raises ConfigError, naming `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
     _check_names(parameters.keys(), saved["master"], whose)
@@ -97,7 +98,7 @@ def _take_rows(
     for name, part in own.items():
         if name in kept:
             part.copy_(before[name])
-        elif unit == "distance":
+        elif unit in ("distance", "texts"):
             part.copy_(torch.stack(parts).mean(0))
         elif unit == "event":
             part.zero_()

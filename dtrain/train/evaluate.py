@@ -21,23 +21,20 @@ from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
 from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import NeighbourConfig
-from dtrain.model.neighbours import blend
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import count_transitions, popularity, zero_shot
+from dtrain.train.blending import encoded_users
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
 from dtrain.train.metrics import Metrics, aggregates, gains
-from dtrain.train.ranking import BLOCK_BYTES, Scorer, dot_scorer, history_scorer, rank_targets
-from dtrain.train.subjects import ScorerOf, Subject, shared, shared_ranks, split_metrics, subjects
-from dtrain.train.vectors import encode_users, item_vectors
+from dtrain.train.ranking import BLOCK_BYTES, history_scorer
+from dtrain.train.shelf import open_shelf
+from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, split_metrics, subjects
 
 __all__ = [
     "COMPARED",
     "EvaluateConfig",
-    "blended",
     "evaluate",
-    "fit_neighbours",
     "model_scorer",
-    "own_scorer",
     "platform_report",
     "validate",
     "with_aggregates",
@@ -47,10 +44,6 @@ log = logging.getLogger("dtrain")
 
 #: Metrics whose difference to each baseline gets an interval.
 COMPARED = ("ndcg@10", "recall@10")
-
-#: Weights that item-to-item statistics may have beside the model's own score, and users of a platform to choose by.
-WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-_FITTED = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,82 +68,10 @@ class EvaluateConfig:
                 raise ConfigError(f"evaluate.{name}={getattr(self, name)} is below {low}; use at least {low}")
 
 
-def own_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
-    """Scorers of the model alone for slices of a platform's users, from the text vectors of all platforms' items."""
-    item_ND, bias_N = item_vectors(
-        model,
-        text_NH[subject.rows],
-        subject.catalog.counts,
-        first_row=subject.first_row,
-        platform=subject.number,
-        device=device,
-    )
-    scale = 1.0 / model.current_temperature()
-
-    def scorer_of(share: slice) -> Scorer:
-        user_BD = encode_users(
-            model,
-            item_ND,
-            subject.users.histories[share],
-            subject.users.history_events[share],
-            platform=subject.number,
-            max_positions=model.user.max_positions,
-        )
-        return dot_scorer(user_BD * scale, item_ND, bias_N)
-
-    return scorer_of
-
-
 def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
-    """As `own_scorer`, with the statistics of `subject.neighbours` at the weight that the model gives them."""
-    own, weight = own_scorer(model, text_NH, subject, device), model.neighbour_weight(subject.number)
-    return lambda share: blended(own(share), subject, share, weight)
-
-
-def blended(own: Scorer, subject: Subject, share: slice, weight: float) -> Scorer:
-    """The scorer `own` of a slice of users, with item-to-item statistics at this weight."""
-    if subject.neighbours is None or not weight:
-        return own
-    near = history_scorer(subject.neighbours, subject.users.histories[share])
-
-    def scores(rows: slice) -> Tensor:
-        score_bN = own(rows)
-        return blend(score_bN, near(rows).to(score_bN.device), weight)
-
-    return scores
-
-
-def fit_neighbours(
-    model: Recommender, platforms: Sequence[Subject], text_NH: Tensor, comm: Comm, *, metric: str, max_users: int = 0
-) -> None:
-    """Give every platform's statistics the weight of WEIGHTS at which `metric` is best. A collective call.
-
-    `platforms` are of the valid split. Decided on at most `max_users` users of each (0: all) and _FITTED.
-    """
-    if model.neighbours is None:
-        return
-    most = min(max_users or _FITTED, _FITTED)
-    for subject in platforms:
-        if subject.neighbours is None or not len(subject.users):
-            continue
-        own = own_scorer(model, text_NH, subject, comm.device)
-
-        def ranks(share: slice, subject: Subject = subject, own: ScorerOf = own) -> np.ndarray:
-            scorer, users = own(share), subject.users
-            each = [
-                rank_targets(
-                    blended(scorer, subject, share, weight),
-                    users.targets[share],
-                    users.histories[share],
-                    items=subject.items,
-                )
-                for weight in WEIGHTS
-            ]
-            return np.stack(each, axis=1)
-
-        rank_BW = shared(subject, ranks, comm, max_users=most)
-        quality_W = [gains(rank_B, metric).mean() for rank_B in rank_BW.T]
-        model.neighbours.weight_P[subject.number] = WEIGHTS[int(np.argmax(quality_W))]
+    """Scorers for slices of a platform's users, from the text vectors of all platforms' items."""
+    shelf, mix = open_shelf(model, text_NH, subject, device), model.blend.of(subject.number)
+    return lambda share: shelf.scorer(encoded_users(model, shelf, subject, share), subject.users.histories[share], mix)
 
 
 def validate(

@@ -16,7 +16,17 @@ from dtrain.core.errors import TrainError
 from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import ItemToItem
 
-__all__ = ["BLOCK_BYTES", "Scorer", "dot_scorer", "entries", "history_scorer", "rank_targets", "top_items"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Scorer",
+    "blocks",
+    "dot_scorer",
+    "entries",
+    "history_scorer",
+    "rank_targets",
+    "ranks_in_block",
+    "top_items",
+]
 
 #: Scores of the users in a slice for every item, [b, N], floating point. The caller owns the tensor and writes in it.
 Scorer = Callable[[slice], Tensor]
@@ -61,22 +71,21 @@ def history_scorer(table: ItemToItem, histories: Ragged) -> Scorer:
     return scores
 
 
-def _blocks(users: int, items: int, block_bytes: int) -> Iterator[slice]:
+def blocks(users: int, items: int, block_bytes: int) -> Iterator[slice]:
+    """The users in slices whose scores, fp32, are about so many bytes; at least one user each."""
     size = max(1, block_bytes // (4 * max(1, items)))
     for start in range(0, users, size):
         yield slice(start, min(start + size, users))
 
 
-def _checked(scores: Scorer, rows: slice) -> Tensor:
-    score_bN = scores(rows)
+def _check(score_bN: Tensor, first: int) -> None:
     # A sum is one vectorised pass, and no finite score that a model gives overflows it; a NaN or infinity shows in it.
     bad = (~torch.isfinite(score_bN.sum(1))).nonzero()
     if len(bad):
         raise TrainError(
-            f"scores of user {rows.start + int(bad[0])} of this evaluation are not finite; ranks of them would mean "
+            f"scores of user {first + int(bad[0])} of this evaluation are not finite; ranks of them would mean "
             "nothing. The weights are broken: evaluate an earlier checkpoint, lower the learning rate"
         )
-    return score_bN
 
 
 def _hide_seen(score_bN: Tensor, seen: Ragged) -> None:
@@ -94,18 +103,28 @@ def rank_targets(
     it is among the seen. Memory: about `block_bytes` of scores at a time, at least one user's. Raises TrainError for
     a score that is not finite.
     """
-    ranks = []
-    for rows in _blocks(len(target_B), items, block_bytes):
-        score_bN = _checked(scores, rows)
-        target_b1 = torch.from_numpy(np.asarray(target_B[rows], dtype=np.int64)).to(score_bN.device)[:, None]
-        bar_b1 = score_bN.gather(1, target_b1)
-        _hide_seen(score_bN, seen[rows])
-        score_bN.scatter_(1, target_b1, bar_b1)
-        # Counting what is *below* the target counts ties (and the target itself) above it. Comparing in place into
-        # floats is the fastest form on a CPU, and exact below 2^24 items; beyond, count in integers.
-        below_bN = score_bN.lt_(bar_b1) if items < 1 << 24 else score_bN < bar_b1
-        ranks.append(items - below_bN.sum(1).to(torch.int64))
-    return torch.cat(ranks).cpu().numpy() if ranks else np.zeros(0, dtype=np.int64)
+    ranks = [
+        ranks_in_block(scores(rows), target_B[rows], seen[rows], first=rows.start)
+        for rows in blocks(len(target_B), items, block_bytes)
+    ]
+    return np.concatenate(ranks) if ranks else np.zeros(0, dtype=np.int64)
+
+
+def ranks_in_block(score_bN: Tensor, target_b: np.ndarray, seen: Ragged, *, first: int) -> np.ndarray:
+    """`rank_targets` of the users of one block of scores, which it overwrites.
+
+    `first`: the number of its first user, for an error.
+    """
+    items = score_bN.shape[1]
+    _check(score_bN, first)
+    target_b1 = torch.from_numpy(np.asarray(target_b, dtype=np.int64)).to(score_bN.device)[:, None]
+    bar_b1 = score_bN.gather(1, target_b1)
+    _hide_seen(score_bN, seen)
+    score_bN.scatter_(1, target_b1, bar_b1)
+    # Counting what is *below* the target counts ties (and the target itself) above it. Comparing in place into floats
+    # is the fastest form on a CPU, and exact below 2^24 items; beyond, count in integers.
+    below_bN = score_bN.lt_(bar_b1) if items < 1 << 24 else score_bN < bar_b1
+    return np.asarray((items - below_bN.sum(1).to(torch.int64)).cpu().numpy())
 
 
 def top_items(
@@ -116,8 +135,9 @@ def top_items(
     A user with fewer than K unseen items gets seen ones at the end, with score -inf.
     """
     found, values = [], []
-    for rows in _blocks(len(seen), items, block_bytes):
-        score_bN = _checked(scores, rows)
+    for rows in blocks(len(seen), items, block_bytes):
+        score_bN = scores(rows)
+        _check(score_bN, rows.start)
         _hide_seen(score_bN, seen[rows])
         best = score_bN.topk(min(k, items), dim=1)
         found.append(best.indices.cpu().numpy())

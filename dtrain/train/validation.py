@@ -9,8 +9,9 @@ from torch import nn
 from dtrain.core.comm import Comm
 from dtrain.engine.protocol import Engine
 from dtrain.model.recommender import Recommender
+from dtrain.train.blending import fit_blend
 from dtrain.train.config import RunConfig
-from dtrain.train.evaluate import fit_neighbours, validate
+from dtrain.train.evaluate import validate
 from dtrain.train.metrics import Metrics
 from dtrain.train.rerank import validate_reranker
 from dtrain.train.retrievers import open_retrievers, reranker_of
@@ -41,7 +42,7 @@ def validator(
 def _retriever(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
     """With `train.valid_remembered` items go by their remembered vectors, which costs no encoding.
 
-    The weights of item-to-item statistics are chosen first, and go into the model.
+    What goes with the model's own score is weighed first, and the weights go into the model.
     """
     platforms = subjects(inputs.manifest, "valid", config.model.neighbours)
     caches = [inputs.caches[subject.name] for subject in platforms]
@@ -54,7 +55,7 @@ def _retriever(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Mo
             if config.train.valid_remembered and model.memory is not None
             else encode_catalog(model.encode_texts, caches, comm, batch_tokens=config.evaluate.batch_tokens)
         )
-        fit_neighbours(model, platforms, text_NH, comm, metric=config.train.metric, max_users=users)
+        fit_blend(model, platforms, text_NH, comm, metric=config.train.metric, max_users=users)
         return validate(model, platforms, text_NH, comm, max_users=users)
 
     return rank

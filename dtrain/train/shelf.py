@@ -1,0 +1,119 @@
+"""One platform's items as they are scored, in an evaluation and in an export alike.
+
+Legend: B users, b users of a block, N items, D vector size, H hidden size of the text encoder, C cold items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.data.evalset import Ragged
+from dtrain.data.neighbours import ItemToItem
+from dtrain.model.blend import Mix, log_near
+from dtrain.model.layers import unit
+from dtrain.model.recommender import Recommender
+from dtrain.train.ranking import Scorer, history_scorer
+from dtrain.train.subjects import Subject
+from dtrain.train.vectors import item_vectors
+
+__all__ = ["Parts", "Shelf", "open_shelf", "text_units"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What a score is made of, [b, N] each; None where it isn't asked for or isn't there."""
+
+    own_bN: Tensor
+    statistics_bN: Tensor | None
+    texts_bN: Tensor | None
+    cold_C: Tensor
+
+    def mixed(self, mix: Mix) -> Tensor:
+        """The score at these weights, a new tensor."""
+        score_bN = self.own_bN.clone()
+        if len(self.cold_C) and (mix.cold_own != 1 or mix.head_start):
+            cold_bC = score_bN[:, self.cold_C]
+            level_b1 = cold_bC.mean(1, keepdim=True) * (1 - mix.cold_own) + mix.head_start
+            score_bN[:, self.cold_C] = cold_bC * mix.cold_own + level_b1
+        for part_bN, weight in ((self.statistics_bN, mix.statistics), (self.texts_bN, mix.texts)):
+            if part_bN is not None and weight:
+                score_bN.add_(part_bN, alpha=weight)
+        return score_bN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shelf:
+    """One platform's items, on the device that scores them."""
+
+    vector_ND: Tensor  # fp32
+    bias_N: Tensor  # fp32
+    text_NH: Tensor | None  # fp32, of length 1; what texts are compared by
+    cold_C: Tensor  # int64 rows of the items that never occur in training
+    neighbours: ItemToItem | None
+    last: int  # items of a history whose texts are compared
+
+    def parts(self, user_bD: Tensor, histories: Ragged, mix: Mix | None = None) -> Parts:
+        """The parts of the scores of users with these vectors, divided by the temperature, and histories of rows.
+
+        With `mix` only those that it gives a weight.
+        """
+        statistics = self.neighbours if mix is None or mix.statistics else None
+        texts = self.text_NH if mix is None or mix.texts else None
+        near_bN = None if statistics is None else history_scorer(statistics, histories)(slice(0, len(histories)))
+        own_bN = torch.addmm(self.bias_N, user_bD, self.vector_ND.T)
+        return Parts(
+            own_bN=own_bN,
+            statistics_bN=None if near_bN is None else log_near(near_bN).to(own_bN),
+            texts_bN=None if texts is None else _profile(texts, histories, self.last) @ texts.T,
+            cold_C=self.cold_C,
+        )
+
+    def scorer(self, user_BD: Tensor, histories: Ragged, mix: Mix) -> Scorer:
+        """The scorer at these weights; see `parts`."""
+        return lambda rows: self.parts(user_BD[rows], histories[rows], mix).mixed(mix)
+
+
+def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> Shelf:
+    """The platform's items by the vectors of all platforms' texts."""
+    own_NH = text_NH[subject.rows]
+    vector_ND, bias_N = item_vectors(
+        model,
+        own_NH,
+        subject.catalog.counts,
+        first_row=subject.first_row,
+        platform=subject.number,
+        device=device,
+    )
+    last = model.blend.config.texts
+    return Shelf(
+        vector_ND=vector_ND.float(),
+        bias_N=bias_N.float(),
+        text_NH=text_units(model, own_NH.to(device)) if last else None,
+        cold_C=torch.from_numpy(np.flatnonzero(subject.catalog.counts == 0)).to(device),
+        neighbours=subject.neighbours,
+        last=last,
+    )
+
+
+@torch.no_grad()
+def text_units(model: Recommender, text_NH: Tensor) -> Tensor:
+    """Standardized text vectors of length 1."""
+    return unit(model.items.standardize(text_NH))
+
+
+def _profile(text_NH: Tensor, histories: Ragged, last: int) -> Tensor:
+    """[b, H]: the mean of the texts of each history's last items, the k-th last weighed 1 / k."""
+    lengths = np.diff(histories.offsets)
+    sum_bH, weight_b = torch.zeros(len(lengths), text_NH.shape[1], device=text_NH.device), np.zeros(len(lengths))
+    for back in range(min(last, int(lengths.max(initial=0)))):
+        users = np.flatnonzero(lengths > back)
+        rows = histories.values[histories.offsets[1:][users] - 1 - back].astype(np.int64)
+        weight_b[users] += 1 / (back + 1)
+        sum_bH[torch.from_numpy(users).to(text_NH.device)] += text_NH[torch.from_numpy(rows).to(text_NH.device)] / (
+            back + 1
+        )
+    return sum_bH / torch.from_numpy(weight_b).to(sum_bH).clamp(min=1e-9)[:, None]

@@ -1,0 +1,158 @@
+"""What goes into a score beside the model's own: its formula, and how its weights are chosen on valid users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
+from dtrain.core.world import World
+from dtrain.data.neighbours import NeighbourConfig
+from dtrain.model.blend import NEAR, Mix
+from dtrain.model.config import BlendConfig
+from dtrain.train.blending import STATISTICS, TEXTS, encoded_users, fit_blend, with_head_start
+from dtrain.train.shelf import open_shelf
+from dtrain.train.subjects import Subject, shared_ranks, subjects
+from tests.eval_cases import Case, open_case
+from tests.eval_toys import PLATFORMS, prepared
+from tests.ranks import run_ranks
+
+ALONE = Comm(World(), torch.device("cpu"))
+NEIGHBOURS = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
+    root = tmp_path_factory.mktemp("data")
+    prepared(root)
+    return open_case(root, tiny_encoder)
+
+
+def near_by_hand(subject: Subject, user: int) -> np.ndarray:
+    assert subject.neighbours is not None
+    table, near = subject.neighbours, np.zeros(subject.items)
+    for age, item in enumerate(subject.users.histories[user][::-1][: NEIGHBOURS.last]):
+        row = slice(table.offset_N[item], table.offset_N[item + 1])
+        near[table.item_E[row]] += table.weight_E[row] * (1 + age) ** -NEIGHBOURS.decay
+    return near
+
+
+def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
+    subject = subjects(case.manifest, "test", NEIGHBOURS)[2]
+    text_NH = case.texts
+    shelf = open_shelf(case.model, text_NH, subject, ALONE.device)
+    share, mix = slice(2, 9), Mix(statistics=1.5, texts=3.0, cold_own=0.25, head_start=2.0)
+    user_BD = encoded_users(case.model, shelf, subject, share)
+    found = shelf.scorer(user_BD, subject.users.histories[share], mix)(slice(1, 6)).numpy()
+    standard = (text_NH[subject.rows] - case.model.items.standardize.mean_H) * case.model.items.standardize.scale_H
+    unit = (standard / standard.norm(dim=1, keepdim=True)).numpy()
+    cold = np.flatnonzero(subject.catalog.counts == 0)
+    assert 1 < len(cold) < subject.items
+    for place, user in enumerate(range(3, 8)):
+        own = (user_BD[user - 2] @ shelf.vector_ND.T + shelf.bias_N).numpy()
+        expected = own.copy()
+        expected[cold] = 0.25 * own[cold] + 0.75 * own[cold].mean() + 2.0
+        recent = subject.users.histories[user][::-1][:5]
+        profile = np.average(unit[recent], axis=0, weights=1 / np.arange(1, len(recent) + 1))
+        expected += 1.5 * np.log1p(np.maximum(near_by_hand(subject, user), 0) / NEAR) + 3.0 * unit @ profile
+        np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-4)
+    alone = shelf.scorer(user_BD, subject.users.histories[share], Mix())(slice(0, 2))
+    torch.testing.assert_close(alone, user_BD[:2] @ shelf.vector_ND.T + shelf.bias_N)
+
+
+def test_without_texts_in_the_config_none_are_compared(case: Case) -> None:
+    subject = subjects(case.manifest, "valid", NEIGHBOURS)[0]
+    kept, case.model.blend.config = case.model.blend.config, BlendConfig(texts=0)
+    try:
+        shelf = open_shelf(case.model, case.texts, subject, ALONE.device)
+        user_BD = encoded_users(case.model, shelf, subject, slice(0, 3))
+        assert shelf.parts(user_BD, subject.users.histories[:3]).texts_bN is None
+    finally:
+        case.model.blend.config = kept
+
+
+def fitted(case: Case, comm: Comm, platforms: Sequence[Subject] = ()) -> list[Mix]:
+    fit_blend(case.model, platforms or subjects(case.manifest, "valid", NEIGHBOURS), case.texts, comm, metric="ndcg@10")
+    mixes = [case.model.blend.of(number) for number in range(len(PLATFORMS))]
+    for number in range(len(PLATFORMS)):
+        case.model.blend.set(number, Mix())
+    return mixes
+
+
+def ranks_at(case: Case, subject: Subject, mix: Mix) -> np.ndarray:
+    shelf = open_shelf(case.model, case.texts, subject, ALONE.device)
+    user_BD = encoded_users(case.model, shelf, subject, slice(0, len(subject.users)))
+    return shared_ranks(subject, lambda share: shelf.scorer(user_BD[share], subject.users.histories[share], mix), ALONE)
+
+
+def test_each_platform_gets_weights_that_no_other_of_their_kind_beats(case: Case) -> None:
+    mixes = fitted(case, ALONE)
+    assert mixes[1] == Mix()  # it has no users
+    for subject in (subjects(case.manifest, "valid", NEIGHBOURS)[n] for n in (0, 2)):
+        mix = replace(mixes[subject.number], cold_own=1.0, head_start=0.0)  # those are chosen afterwards
+
+        def whole(mix: Mix, subject: Subject = subject) -> float:
+            return float((1 / np.log2(1.0 + ranks_at(case, subject, mix))).mean())
+
+        by_texts = {weight: whole(replace(mix, texts=weight)) for weight in TEXTS}
+        by_statistics = {weight: whole(replace(mix, statistics=weight)) for weight in STATISTICS}
+        assert len(set(by_texts.values())) > 1  # it matters
+        assert by_texts[mix.texts] == pytest.approx(max(by_texts.values()))
+        assert max(by_statistics.values()) >= by_statistics[mix.statistics] >= by_statistics[0.0]
+    assert any(mix.statistics or mix.texts for mix in mixes)
+
+
+def one_cold_target(subject: Subject) -> Subject:
+    """The fifth valid user wants the cold item 0 instead."""
+    targets = np.array(subject.users.targets)
+    targets[4] = 0
+    return replace(subject, users=replace(subject.users, targets=targets))
+
+
+def test_a_cold_item_that_somebody_wants_gets_a_head_start(case: Case) -> None:
+    subject = one_cold_target(subjects(case.manifest, "valid", NEIGHBOURS)[0])
+    mix = fitted(case, ALONE, [subject])[subject.number]
+    assert mix.head_start > 0
+    without = ranks_at(case, subject, replace(mix, cold_own=1.0, head_start=0.0))
+    assert ranks_at(case, subject, mix)[4] < without[4]
+
+
+@pytest.mark.parametrize(
+    ("metric", "cost", "start"),
+    [("ndcg@10", 0.0, 1.0), ("ndcg@10", 0.03, 1.0), ("ndcg@10", 0.05, 1.5), ("recall@10", 0.0, 1.5), ("mrr", 0.9, 8.0)],
+)
+def test_a_head_start_costs_no_more_than_its_share_of_the_metric(
+    case: Case, metric: str, cost: float, start: float
+) -> None:
+    subject = one_cold_target(subjects(case.manifest, "valid", NEIGHBOURS)[0])
+    users = len(subject.users)
+
+    def ranks_of(mixes: Sequence[Mix]) -> np.ndarray:
+        """Warm targets lose from a start of 1.5 on, cold ones gain; without their own score they lose everything."""
+        found = np.array([[9 if mix.head_start < 1.5 else 10 if mix.head_start < 2 else 40 for mix in mixes]] * users)
+        found[4] = [50 + 30 * (mix.cold_own == 0) - 2 * mix.head_start for mix in mixes]
+        return found
+
+    mix = with_head_start(ranks_of, Mix(texts=2.0), subject, metric, cost)
+    assert mix == Mix(texts=2.0, cold_own=1.0, head_start=start)
+
+
+def _fit_on_ranks(comm: Comm, root: str, encoder: str) -> list[Mix]:
+    return fitted(open_case(Path(root), Path(encoder)), comm)
+
+
+def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
+    expected = fitted(case, ALONE)
+    assert run_ranks(2, tmp_path, _fit_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("texts", -1), ("cold_cost", -0.1), ("cold_cost", 1.0)])
+def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"blend\.{key}={value}"):
+        BlendConfig(**{key: value})  # type: ignore[arg-type]
