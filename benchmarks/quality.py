@@ -1,6 +1,7 @@
-"""One joint model of all platforms beside every peer and beside our own model of each platform alone.
+"""One joint model of all platforms beside every peer, beside our own model of each platform alone, and without each.
 
-    python -m benchmarks.quality [--work DIR] [--config FILE] [--seeds 0,1,2] [--only joint|solo|peers|table ...]
+    python -m benchmarks.quality [--work DIR] [--config FILE] [--data FILE] [--seeds 0,1,2]
+                                 [--only joint|solo|peers|transfer|table ...]
                                  [--platforms A,B] [--budget-s N] [--threads N] [--ranks N]
                                  [--page FILE] [KEY=VALUE ...]
 
@@ -27,13 +28,14 @@ from benchmarks.quality_jobs import Cache, Job, Result
 from benchmarks.quality_page import write_page
 from benchmarks.quality_runs import Recipe, model_job, run_model
 from benchmarks.quality_stats import Plan
+from benchmarks.quality_transfer import run_transfer, transfer_of
 from dtrain.core.errors import DtrainError
 from dtrain.data.manifest import Manifest
 from dtrain.model.config import EncoderConfig
 
 __all__ = ["main", "peer_job", "plan_of"]
 
-PARTS = ("joint", "peers", "solo", "table")
+PARTS = ("joint", "peers", "solo", "transfer", "table")
 _THREADS = 2
 
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = plan_of(recipe, [int(seed) for seed in args.seeds.split(",")], args.budget_s)
         cache, wanted = Cache(args.work), _wanted(plan, args.only, args.platforms, args.peers)
-        failed = _run_all(wanted, plan, recipe, cache)
+        failed = _run_all(wanted, plan, recipe, cache, args.data)
         if "table" in args.only:
             write_page(plan, cache, args.page)
             print(f"written: {args.page}")
@@ -58,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where results are kept")
     parser.add_argument("--config", default="configs/train/seven.yaml", help="of the joint model")
-    parser.add_argument("--seeds", default="0,1,2", help="of the joint model; the solo models have the first")
+    parser.add_argument("--data", default="configs/data/seven.yaml", help="what the platforms were prepared by")
+    parser.add_argument("--seeds", default="0,1,2", help="of the joint model; the other trainings have the first")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--platforms", type=_names, default=[], help="of peers and solo models; default: all")
+    parser.add_argument("--platforms", type=_names, default=[], help="of all but the joint model; default: all")
     parser.add_argument("--peers", type=_names, default=[], help="default: all")
     parser.add_argument("--budget-s", type=float, default=770.0, help="most seconds of one training of SASRec")
     parser.add_argument("--threads", type=int, default=_THREADS, help="of peers; 1 is faster on a machine that is busy")
@@ -89,6 +92,7 @@ def peer_job(peer: Peer, manifest: Manifest, platform: str, encoder: EncoderConf
 def plan_of(recipe: Recipe, seeds: Sequence[int], budget_s: float) -> Plan:
     """Every job there is. The joint model of the first seed comes first, what is quick next, then the rest."""
     manifest, encoder, everyone = recipe.manifest(), recipe.load().model.encoder, peers(budget_s)
+    solo = {platform: model_job(recipe, manifest, seeds[0], platform) for platform in manifest.platforms}
     return Plan(
         manifest=manifest,
         encoder=encoder,
@@ -100,30 +104,33 @@ def plan_of(recipe: Recipe, seeds: Sequence[int], budget_s: float) -> Plan:
             for platform in manifest.platforms
         },
         joint_jobs=[model_job(recipe, manifest, seed) for seed in seeds],
-        solo_jobs={platform: model_job(recipe, manifest, seeds[0], platform) for platform in manifest.platforms},
+        solo_jobs=solo,
+        transfers={p: transfer_of(recipe, manifest, seeds[0], p, solo[p]) for p in manifest.platforms}
+        if len(manifest.platforms) > 1
+        else {},
     )
 
 
 def _wanted(plan: Plan, parts: Sequence[str], platforms: Sequence[str], names: Sequence[str]) -> list[Job]:
     def of_peers(slow: bool) -> list[Job]:
         chosen = [p.name for p in plan.peers if p.slow == slow and (not names or p.name in names)]
-        return [
-            plan.peer_jobs[name, platform]
-            for platform in plan.manifest.platforms
-            if not platforms or platform in platforms
-            for name in chosen
-        ]
+        return [plan.peer_jobs[name, platform] for platform in here for name in chosen]
 
+    here = [platform for platform in plan.manifest.platforms if not platforms or platform in platforms]
     by_part = {
         "joint": [plan.joint_jobs[:1], plan.joint_jobs[1:]],
-        "solo": [[], [job for platform, job in plan.solo_jobs.items() if not platforms or platform in platforms]],
+        "solo": [[], [plan.solo_jobs[platform] for platform in here]],
+        "transfer": [
+            [],
+            [job for platform in here if platform in plan.transfers for job in plan.transfers[platform].jobs],
+        ],
         "peers": [of_peers(slow=False), of_peers(slow=True)],
         "table": [[], []],
     }
     return [job for turn in (0, 1) for part in PARTS if part in parts for job in by_part[part][turn]]
 
 
-def _run_all(jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache) -> list[Job]:
+def _run_all(jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache, data: str) -> list[Job]:
     """Run what is not kept yet, tell how far it is, go on after a failure. Returns the jobs that failed."""
     failed, began = [], time.monotonic()
     ready = sum(map(cache.has, jobs))
@@ -136,7 +143,7 @@ def _run_all(jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache) -> l
             continue
         print(f"{head}: running ...", flush=True)
         try:
-            result = _run_peer(job, plan, cache, sides) if job.kind == "peer" else _run_model(job, plan, recipe, cache)
+            result = _run(job, plan, recipe, cache, sides, data)
         except DtrainError as error:
             print(f"{head}: FAILED: {error}", file=sys.stderr, flush=True)
             failed.append(job)
@@ -146,8 +153,12 @@ def _run_all(jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache) -> l
     return failed
 
 
-def _run_model(job: Job, plan: Plan, recipe: Recipe, cache: Cache) -> Result:
-    return run_model(job, recipe, plan.manifest, cache.root)
+def _run(job: Job, plan: Plan, recipe: Recipe, cache: Cache, sides: dict[str, Side], data: str) -> Result:
+    if job.kind == "peer":
+        return _run_peer(job, plan, cache, sides)
+    if job.kind in ("joint", "solo"):
+        return run_model(job, recipe, plan.manifest, cache.root)
+    return run_transfer(job, plan.transfers[job.platforms[0]], recipe, plan.manifest, cache.root, data)
 
 
 def _run_peer(job: Job, plan: Plan, cache: Cache, sides: dict[str, Side]) -> Result:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from benchmarks.pages import Goal
 from benchmarks.quality_stats import Numbers, geometric_mean
 
@@ -13,11 +15,12 @@ __all__ = ["COLD_SLICES", "goals"]
 COLD_SLICES = {"steam": (0.033, ("untuned", "bm25")), "amazon_scientific": (0.0, ("untuned",))}
 
 AHEAD, MEAN_RATIO, SEEDS = 6, 1.10, 3
+FEW, KEPT = 0.1, 0.95
 
 
 def goals(numbers: Numbers) -> list[Goal]:
     """Every goal."""
-    return [*_peers(numbers), _transfer(numbers), *_cold(numbers), _seeds(numbers)]
+    return [*_peers(numbers), _solo(numbers), *_cold(numbers), *_transfer(numbers), _seeds(numbers)]
 
 
 def _peers(numbers: Numbers) -> Iterator[Goal]:
@@ -39,7 +42,7 @@ def _peers(numbers: Numbers) -> Iterator[Goal]:
     )
 
 
-def _transfer(numbers: Numbers) -> Goal:
+def _solo(numbers: Numbers) -> Goal:
     found = {platform: numbers.against("solo", platform) for platform in numbers.plan.manifest.platforms}
     behind = [platform for platform, interval in found.items() if interval and interval.high < 0]
     missing = sum(interval is None for interval in found.values())
@@ -67,6 +70,21 @@ def _cold(numbers: Numbers) -> Iterator[Goal]:
         bar = max(value or 0.0 for value in values.values())
         told = ", ".join(f"{name} {value or 0.0:.4f}" for name, value in values.items())
         yield Goal(text, f"{own:.4f}; {told}", own >= least and own > bar if least else own >= bar)
+
+
+def _transfer(numbers: Numbers) -> Iterator[Goal]:
+    transfers = numbers.plan.transfers
+    if not transfers:
+        return
+    kept = [numbers.kept_share(platform, FEW) for platform in transfers]
+    whole = all(share is not None for share in kept)
+    mean = float(np.mean([share or 0.0 for share in kept])) if whole else None
+    yield Goal(
+        f"adapted with {FEW:.0%} of a platform's users, on average at least {KEPT:.0%} of the NDCG@10 that the solo "
+        "model has with all",
+        "" if mean is None else f"{mean:.0%}",
+        None if mean is None else mean >= KEPT,
+    )
 
 
 def _seeds(numbers: Numbers) -> Goal:

@@ -8,8 +8,9 @@ from pathlib import Path
 from benchmarks.pages import table
 from benchmarks.quality_chart import ratio_chart
 from benchmarks.quality_goals import COLD_SLICES, goals
-from benchmarks.quality_jobs import Cache
+from benchmarks.quality_jobs import Cache, Job
 from benchmarks.quality_stats import Numbers, Plan, geometric_mean
+from benchmarks.quality_transfer import SHARES
 from dtrain.core.storage import write_text
 from dtrain.train.bootstrap import Interval
 
@@ -39,6 +40,7 @@ def render(numbers: Numbers, picture: str = "") -> str:
         "## Test split: NDCG@10 (Recall@10)\n\n" + _scores(numbers),
         "## Joint model against the best peer\n\n" + _ratios(numbers) + chart,
         "## Joint model against our own model of one platform\n\n" + _solo(numbers),
+        "## Platforms that the model was not trained on\n\n" + _transfers(numbers),
         "## Cold items: targets that never occur in a training row\n\n" + _cold(numbers),
         "## What was chosen on valid\n\n" + _choices(numbers),
         "## Wall time, seconds\n\n" + _walls(numbers),
@@ -118,6 +120,35 @@ def _solo(numbers: Numbers) -> str:
         "sees of it: steps, warm-up and the distance of validations are scaled by the platform's share."
     )
     return table(("platform", "joint", "solo", "joint - solo", ""), rows) + note
+
+
+def _transfers(numbers: Numbers) -> str:
+    def value(job: Job) -> str:
+        found = numbers.job_mean(job)
+        return _NOT_RUN if found is None else _short(found)
+
+    rows = [
+        (
+            platform,
+            _value(numbers.mean("untuned", platform)),
+            value(transfer.left_out),
+            *(f"{value(transfer.adapted[share])} / {value(transfer.fresh[share])}" for share in SHARES),
+        )
+        for platform, transfer in numbers.plan.transfers.items()
+    ]
+    head = (
+        "platform",
+        "untuned encoder",
+        "joint model without it, unseen",
+        *(f"{share:.0%} of users" for share in SHARES),
+    )
+    note = (
+        "\nUsers: of the platform's training users, a fixed sample; valid and test have all. Left: the model without "
+        "the platform, adapted to it (`train.init_from`). Right: the same training from the pretrained encoder, with "
+        "all users the solo model. Few users have their share of its steps, at least 60 where it has them, and the "
+        "best of six validations counts."
+    )
+    return table(head, rows) + note
 
 
 def _cold(numbers: Numbers) -> str:

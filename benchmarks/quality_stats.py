@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.peers.registry import Peer
 from benchmarks.quality_jobs import Cache, Job, Result
+from benchmarks.quality_transfer import Transfer
 from dtrain.core.fingerprint import seed_of
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
@@ -35,6 +36,7 @@ class Plan:
     peer_jobs: Mapping[tuple[str, str], Job]  # (peer, platform)
     joint_jobs: Sequence[Job]  # one a seed
     solo_jobs: Mapping[str, Job]  # by platform
+    transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by the platform that is left out
 
 
 def difference_interval(model_B: np.ndarray, other_B: np.ndarray, *names: str) -> Interval | None:
@@ -75,12 +77,12 @@ class Numbers:
 
     def results(self, name: str, platform: str) -> list[Result]:
         """Those that were run, one a seed, of a peer, of "joint" or of "solo"."""
-        jobs: Sequence[Job]
+        jobs: Sequence[Job | None]
         if name == "joint":
             jobs = self.plan.joint_jobs
         else:
-            jobs = [self.plan.solo_jobs[platform] if name == "solo" else self.plan.peer_jobs[name, platform]]
-        return [found for job in jobs if (found := self.result(job)) is not None]
+            jobs = [self.plan.solo_jobs[platform] if name == "solo" else self.plan.peer_jobs.get((name, platform))]
+        return [found for job in jobs if job and (found := self.result(job)) is not None]
 
     def by_seed(self, name: str, platform: str, metric: str, split: str = "test") -> list[np.ndarray]:
         """Each user's gain, float64 [B], for every seed that was run."""
@@ -118,6 +120,17 @@ class Numbers:
         other_B = self.gain(peer, platform)
         return None if other_B is None else ratio_interval(model_B, other_B, "ratio", platform)
 
+    def job_mean(self, job: Job, metric: str = "ndcg@10", split: str = "test") -> float | None:
+        """Of a job with one platform."""
+        found = self.result(job)
+        return None if found is None else float(gains(found.ranks[job.platforms[0]][split], metric).mean())
+
+    def kept_share(self, platform: str, share: float) -> float | None:
+        """NDCG@10 of the model adapted with that share of the users, of the solo model's with all."""
+        own = self.job_mean(self.plan.transfers[platform].adapted[share])
+        solo = self.job_mean(self.plan.solo_jobs[platform])
+        return None if own is None or not solo else own / solo
+
     def against(self, name: str, platform: str, cold: bool = False) -> Interval | None:
         """Joint minus another, over all test users or those with a cold target."""
         model_B, other_B = self.gain("joint", platform), self.gain(name, platform)
@@ -138,7 +151,8 @@ class Numbers:
 
     def facts(self) -> dict[str, Any]:
         """Commits that results were made at, and which seeds of the joint model there are."""
-        jobs = [*self.plan.peer_jobs.values(), *self.plan.joint_jobs, *self.plan.solo_jobs.values()]
+        moved = [job for transfer in self.plan.transfers.values() for job in transfer.jobs]
+        jobs = [*self.plan.peer_jobs.values(), *self.plan.joint_jobs, *self.plan.solo_jobs.values(), *moved]
         kept = [found for job in jobs if (found := self.result(job)) is not None]
         return {
             "kept": len(kept),

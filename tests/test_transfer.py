@@ -122,6 +122,12 @@ def test_a_platform_of_the_same_build_keeps_its_own_parts(run: Path, shops: Path
     assert found["platforms"]["kitchen"] == own["platforms"]["kitchen"]
     assert found["platforms"]["left"]["training"] == "never seen in training"
     assert "kitchen: trained on" in table
+    # Some of the run's own platforms, from its own folder.
+    assert "trained on" in score_run(copy, ALONE, ["data.platforms=[kitchen]", *QUICK])
+    assert read_json(copy / f"metrics-{shops.name}.json")["platforms"]["kitchen"] | {"training": ""} == {
+        **own["platforms"]["kitchen"],
+        "training": "",
+    }
     # The same data at another place is no other data.
     moved = tmp_path / "moved"
     shutil.copytree(shops, moved)

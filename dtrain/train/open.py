@@ -93,14 +93,15 @@ def open_store(
 def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice: str = "best") -> OpenRun:
     """Open a checkpoint of a run: "best" (the latest where none is), "latest", or that of a step. A collective call.
 
-    With another `data.path` than the run's, and other data there, the model is one of those platforms: with the run's
-    shared weights, and neutral parts for each platform that it was not trained on (see `dtrain.model.transfer`).
+    With another `data.path` or other `data.platforms` than the run's, and other data there, the model is one of those
+    platforms: with the run's shared weights, and neutral parts for each platform that it was not trained on (see
+    `dtrain.model.transfer`).
 
     Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of,
-    StateMismatch when data at the run's own path or the tokenizer are others now.
+    StateMismatch when the run's own data or the tokenizer are others now.
     """
-    config = read_run_config(run, overrides)
-    moved = config.data.path != read_run_config(run).data.path
+    config, own = read_run_config(run, overrides), read_run_config(run)
+    moved = (config.data.path, config.data.platforms) != (own.data.path, own.data.platforms)
     store = open_store(run, config, comm)
     commit = find_checkpoint(store, choice)
     files = RunFiles(run)
