@@ -118,6 +118,16 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--dry-run", action="store_true", help="print config, batch arithmetic and memory; do nothing")
     train.set_defaults(function=_train)
 
+    pretrain = commands.add_parser(
+        "pretrain", help="pretrain the encoder further on item texts: hidden tokens are told"
+    )
+    pretrain.add_argument("config", help=f"YAML file as for train, {_OVERRIDES}")
+    pretrain.add_argument("overrides", nargs="*", default=[])
+    pretrain.add_argument(
+        "--dry-run", action="store_true", help="print config, batch arithmetic and memory; do nothing"
+    )
+    pretrain.set_defaults(function=_pretrain)
+
     submit = commands.add_parser("submit", help="train on a Ray cluster: send code and config as a job and follow it")
     submit.add_argument("config", help=f"YAML file, {_OVERRIDES}")
     submit.add_argument("overrides", nargs="*", default=[])
@@ -226,6 +236,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from dtrain.cli.train import train
 
     return train(arguments.config, arguments.overrides, dry_run=arguments.dry_run)
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from dtrain.cli.train import train
+
+    task = ["train.task=pretrain", "train.metric=accuracy"]
+    return train(arguments.config, [*task, *arguments.overrides], dry_run=arguments.dry_run)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

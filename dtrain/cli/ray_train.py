@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dtrain.cli.main import run
+from dtrain.cli.train import ended
 from dtrain.core.config import load_config
 from dtrain.core.errors import Stopped
 
@@ -30,5 +31,5 @@ def _train(argv: Sequence[str]) -> int:
     status, reason = train_on_cluster(config)
     if status == "stopped":
         raise Stopped(f"{config.run}: stopped as asked ({reason}); the same command goes on from there")
-    print(f"{status.replace('_', ' ')}: {config.run}; next: dtrain evaluate {config.run}")
+    print(ended(status, config))
     return 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dtrain.core.config import dump_yaml, load_config
 from dtrain.core.errors import Stopped
 from dtrain.core.world import World
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from dtrain.train.config import RunConfig
+
+__all__ = ["ended", "train"]
 
 
 def train(config_path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
@@ -32,8 +36,14 @@ def train(config_path: str, overrides: Sequence[str], *, dry_run: bool) -> int:
     if status == "stopped":
         raise Stopped(f"{config.run}: stopped as asked; the same command goes on from there")
     if world.is_main:
-        print(f"{status.replace('_', ' ')}: {config.run}; next: dtrain evaluate {config.run}")
+        print(ended(status, config))
     return 0
+
+
+def ended(status: str, config: RunConfig) -> str:
+    """What is said of a run that has ended, and what comes next."""
+    after = f"checkpoint to-hf {config.run} --out DIR" if config.train.task == "pretrain" else f"evaluate {config.run}"
+    return f"{status.replace('_', ' ')}: {config.run}; next: dtrain {after}"
 
 
 def _describe(config_path: str, overrides: Sequence[str]) -> int:

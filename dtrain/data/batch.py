@@ -18,7 +18,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Histories", "ItemTable", "ItemTexts", "PairBatch", "Pairs", "StepBatch", "to_device"]
+__all__ = [
+    "AnyBatch",
+    "Block",
+    "Histories",
+    "ItemTable",
+    "ItemTexts",
+    "MaskedBatch",
+    "MaskedTexts",
+    "PairBatch",
+    "Pairs",
+    "StepBatch",
+    "to_device",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +115,33 @@ class PairBatch:
     sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
     recompute: bool = True  # make a chunk's activations again in backward, so that only one chunk's live at a time
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedTexts:
+    """One micro-batch of texts of which some tokens are to be told, right-padded."""
+
+    ids_NT: Tensor  # int64 token ids, most of those to be told replaced
+    mask_NT: Tensor  # int64, 1 for tokens
+    at_M: Tensor  # int64 places of the tokens to be told, in the flattened ids_NT
+    label_M: Tensor  # int64 what stood there
+    platform_M: Tensor  # int64 platform index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedBatch:
+    """One rank's part of one step of masked language modelling. `texts` are its micro-batches, in order, none empty."""
+
+    step: int
+    texts: tuple[MaskedTexts, ...]  # micro-batches, cut by length; equally many on every rank
+    target_weight_P: Tensor  # float64 tokens to be told, per platform, over ALL ranks: the loss's denominator
+    tokens: int  # real tokens in `texts`
+    padded_tokens: int  # cells of `texts`, padding included
+    sample_ids: tuple[tuple[str, int, int], ...]  # (platform, shard, row) of this rank's samples
+    recompute: bool = True  # make a chunk's activations again in backward, so that only one chunk's live at a time
+
+
+#: What an engine trains on in a step, by task.
+AnyBatch = StepBatch | PairBatch | MaskedBatch
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from dtrain.core.state import Fragment, FragmentSource
-from dtrain.data.batch import PairBatch, StepBatch
+from dtrain.data.batch import AnyBatch
 
 __all__ = ["Engine", "StepResult"]
 
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """The model itself (its parameters may be partitioned; see `whole_weights`)."""
         ...
 
-    def train_step(self, batch: StepBatch | PairBatch) -> StepResult:
+    def train_step(self, batch: AnyBatch) -> StepResult:
         """Forward, backward, reduce, clip, update. A non-finite loss or gradient skips the update on every rank."""
         ...
 

@@ -11,9 +11,17 @@ from dtrain.core.errors import ConfigError
 from dtrain.model.config import ModelConfig, ObjectiveConfig
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.encoder import Encoder
+from dtrain.model.masked import MaskedModel
 from dtrain.model.recommender import Recommender
 
-__all__ = ["build_cross_encoder", "build_model", "describe", "parameter_roles", "train_flops_per_token"]
+__all__ = [
+    "build_cross_encoder",
+    "build_masked_model",
+    "build_model",
+    "describe",
+    "parameter_roles",
+    "train_flops_per_token",
+]
 
 
 def build_model(
@@ -39,6 +47,11 @@ def build_model(
 def build_cross_encoder(config: ModelConfig, *, pretrained: bool) -> CrossEncoder:
     """The reranker; of `config` it uses `encoder` and `freeze`."""
     return CrossEncoder(_encoder(config, pretrained=pretrained))
+
+
+def build_masked_model(config: ModelConfig, *, pretrained: bool) -> MaskedModel:
+    """The encoder with a head that tells hidden tokens; of `config` it uses `encoder` and `freeze`."""
+    return MaskedModel(_encoder(config, pretrained=pretrained))
 
 
 def _encoder(config: ModelConfig, *, pretrained: bool) -> Encoder:

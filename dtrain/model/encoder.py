@@ -65,9 +65,19 @@ class Encoder(nn.Module):
         # A row that is all padding looks at its first token: softmax over nothing would be NaN.
         mask_NT = mask_NT.clone()
         mask_NT[:, 0] = 1
+        return self._pool(self.states(ids_NT, mask_NT, types_NT), mask_NT[:, :, None])
+
+    def states(self, ids_NT: Tensor, mask_NT: Tensor, types_NT: Tensor | None = None) -> Tensor:
+        """As `forward`, the last hidden states [N, T, H]; every text has a token."""
         extra = {"token_type_ids": types_NT} if self.takes_types and types_NT is not None else {}
-        hidden_NTH = self.model(input_ids=ids_NT, attention_mask=mask_NT, **extra).last_hidden_state
-        return self._pool(hidden_NTH, mask_NT[:, :, None])
+        hidden_NTH: Tensor = self.model(input_ids=ids_NT, attention_mask=mask_NT, **extra).last_hidden_state
+        return hidden_NTH
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        table: nn.Embedding = self.model.get_input_embeddings()
+        return table
 
     def _pool(self, hidden_NTH: Tensor, mask_NT1: Tensor) -> Tensor:
         if self.pooling == "cls":

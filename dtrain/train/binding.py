@@ -170,7 +170,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     for key in sorted({*saved, *now}):
         if saved.get(key) != now.get(key):
             kind = rule_of(key).kind
-            if key.startswith("fact.catalog.") and (not rows or now["train.task"] == "rank"):
+            if key.startswith("fact.catalog.") and (not rows or now["train.task"] != "recommend"):
                 kind = "data"
             found.append(Change(key, kind, saved.get(key), now.get(key)))
     return found

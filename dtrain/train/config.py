@@ -22,7 +22,7 @@ from dtrain.train.stopping import AGGREGATES
 
 __all__ = ["DataConfig", "DistConfig", "RunConfig", "TrainConfig"]
 
-TASKS = ("recommend", "rank")
+TASKS = ("recommend", "rank", "pretrain")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,8 @@ class DistConfig:
 class TrainConfig:
     """The loop."""
 
-    task: str = "recommend"  # recommend: retriever with InfoNCE; rank: cross-encoder with binary cross-entropy
+    task: str = "recommend"  # recommend: retriever with InfoNCE; rank: cross-encoder with binary cross-entropy;
+    # pretrain: the encoder alone, by masked language modelling of item texts
     steps: int = 1000  # optimizer steps
     resume: str = "auto"  # auto: from the newest whole checkpoint of the run folder; never: refuse a used folder
     resume_data: str = "same"  # same: refuse changed data or settings; continue: take them from here on; restart: begin
@@ -62,7 +63,7 @@ class TrainConfig:
     valid_users: int = 0  # users of each platform to validate on, a fixed random sample; 0: all
     valid_remembered: bool = False  # validate with remembered item vectors instead of encoding every item again
     checkpoint_every: int = 200  # steps between checkpoints; every new best is one too; 0: those and the end only
-    metric: str = "ndcg@10"  # validated metric that stops the run and picks the best checkpoint
+    metric: str = "ndcg@10"  # validated metric that stops the run and picks the best checkpoint; pretrain: accuracy
     aggregate: str = "macro"  # over platforms: macro (mean), worst or geometric (mean, to which ratios count alike)
     patience: int = 0  # validations without a new best before the run stops; 0: never
     platform_patience: int = 0  # validations without a new best of its own before a platform rests: it keeps
@@ -81,7 +82,7 @@ class TrainConfig:
             ("resume_data", ("same", "continue", "restart")),
             ("aggregate", AGGREGATES),
             ("adapt", ("all", "adapters", "lora")),
-            ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")),
+            ("metric", ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr", "accuracy")),
         ):
             value = getattr(self, key)
             if value not in allowed:
@@ -98,6 +99,11 @@ class TrainConfig:
         ):
             if getattr(self, key) < low:
                 raise ConfigError(f"train.{key}={getattr(self, key)}: must be at least {low}")
+        if (self.task == "pretrain") != (self.metric == "accuracy"):
+            raise ConfigError(
+                f"train.metric={self.metric!r} is not measured by train.task={self.task}; accuracy, the share of "
+                "hidden tokens that are told, is pretrain's only metric and of no other task"
+            )
         check_choice("train.init_checkpoint", self.init_checkpoint)
         if self.init_from and self.task != "recommend":
             raise ConfigError(f"train.init_from={self.init_from}: is for train.task=recommend, not {self.task}")

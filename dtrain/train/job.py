@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dtrain.batches.collate import Collator
+from dtrain.batches.masked import MaskedCollator
 from dtrain.batches.pairs import PairCollator
 from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
@@ -26,6 +27,7 @@ from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
 from dtrain.model.cross import CrossEncoder
+from dtrain.model.masked import MaskedModel
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.feed import RunFeed
@@ -186,6 +188,8 @@ def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStor
 def _collator(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[Any], Any]:
     if config.train.task == "rank":
         return PairCollator(config.batch, inputs.items, comm)
+    if config.train.task == "pretrain":
+        return MaskedCollator(config.batch, inputs.items, inputs.tokenizer, comm)
     return Collator(config.batch, inputs.items, comm)
 
 
@@ -196,7 +200,7 @@ def _keep_encoder(folder: RunFolder, inputs: Inputs, engine: BaseEngine) -> None
     part = folder.encoder.with_name("encoder.part")
     shutil.rmtree(part, ignore_errors=True)
     model = engine.module
-    assert isinstance(model, (Recommender, CrossEncoder))
+    assert isinstance(model, (Recommender, CrossEncoder, MaskedModel))
     model.encoder.model.config.save_pretrained(part)
     inputs.tokenizer.save_pretrained(part)
     part.rename(folder.encoder)

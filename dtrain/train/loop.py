@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from dtrain.core import failpoints
 from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
-from dtrain.data.batch import PairBatch, StepBatch
+from dtrain.data.batch import AnyBatch
 from dtrain.data.ledger import Ledger
 from dtrain.data.stream import StepSamples
 from dtrain.engine.protocol import Engine, StepResult
@@ -119,7 +119,7 @@ class Loop:
     comm: Comm
     platforms: tuple[str, ...]
     feed: Feed
-    collate: Callable[[StepSamples], StepBatch | PairBatch]
+    collate: Callable[[StepSamples], AnyBatch]
     engine: Engine
     ledger: Ledger | None
     validate: Callable[[], dict[str, dict[str, float]]]
@@ -201,7 +201,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return self.state.step == self.config.steps or (every > 0 and self.state.step % every == 0)
 
-    def _guard(self, batch: StepBatch | PairBatch, result: StepResult) -> None:
+    def _guard(self, batch: AnyBatch, result: StepResult) -> None:
         """Count skipped steps; a run of them ends the job with the samples of the last."""
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if result.skipped else 0
         if not result.skipped:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.core.comm import Comm
-from dtrain.data.batch import PairBatch, StepBatch
+from dtrain.data.batch import AnyBatch
 from dtrain.engine.protocol import StepResult
 
 __all__ = ["Meter"]
@@ -34,7 +34,7 @@ class Meter:
         self._weight_P = np.zeros(len(self.platforms))
         self._samples_P = np.zeros(len(self.platforms))
 
-    def add(self, batch: StepBatch | PairBatch, result: StepResult, wait_s: float, platform_B: np.ndarray) -> None:
+    def add(self, batch: AnyBatch, result: StepResult, wait_s: float, platform_B: np.ndarray) -> None:
         """Count one step; `wait_s` is how long the loop waited for its batch, `platform_B` the platform number of each
         sample of the step, those of all ranks."""
         self._steps += 1

@@ -32,7 +32,12 @@ def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str
     under "training" what the run has seen of them. Each metrics*.json has a ranks*.arrow beside it with the ranks that
     it is made of, see `dtrain.train.ranks`.
     """
-    config = read_run_config(run, overrides).evaluate
+    config, task = read_run_config(run, overrides).evaluate, read_run_config(run).train.task
+    if task == "pretrain":
+        raise ConfigError(
+            f"{run}: a run of train.task=pretrain recommends nothing to rank; fine-tune its encoder: `dtrain "
+            f"checkpoint to-hf {run} --out DIR`, then model.encoder.name=DIR"
+        )
     opened = open_run(run, comm, overrides, config.checkpoint)
     opened.model.to(comm.device)
     ranks = Ranks()

@@ -19,7 +19,7 @@ from dtrain.core.fingerprint import seed_of
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import open_neighbours
-from dtrain.model.build import build_cross_encoder, build_model
+from dtrain.model.build import build_cross_encoder, build_masked_model, build_model
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.kept import catalog_vectors
@@ -84,6 +84,8 @@ def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.M
     torch.manual_seed(seed_of(config.plan.seed, "weights"))
     if config.train.task == "rank":
         return build_cross_encoder(config.model, pretrained=pretrained)
+    if config.train.task == "pretrain":
+        return build_masked_model(config.model, pretrained=pretrained)
     sizes = {name: len(catalog) for name, catalog in inputs.catalogs.items()}
     events = {name: max(1, len(p.events)) for name, p in inputs.manifest.platforms.items()}
     return build_model(config.model, config.objective, sizes, events, pretrained=pretrained)

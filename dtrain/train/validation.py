@@ -17,6 +17,7 @@ from dtrain.train.rerank import validate_reranker
 from dtrain.train.retrievers import open_retrievers, reranker_of
 from dtrain.train.setup import Inputs
 from dtrain.train.subjects import subjects
+from dtrain.train.telling import telling
 from dtrain.train.vectors import encode_catalog
 
 __all__ = ["validator"]
@@ -25,12 +26,12 @@ __all__ = ["validator"]
 def validator(
     config: RunConfig, inputs: Inputs, engine: Engine, comm: Comm
 ) -> Callable[[], dict[str, dict[str, float]]]:
-    """A collective function that gives each platform's metrics on its valid split."""
-    rank = _retriever(config, inputs, comm) if config.train.task == "recommend" else _reranker(config, inputs, comm)
+    """A collective function that gives each platform's metrics on its valid split, or on texts that are held out."""
+    measure = {"recommend": _retriever, "rank": _reranker, "pretrain": telling}[config.train.task](config, inputs, comm)
 
     def run() -> dict[str, dict[str, float]]:
         with engine.whole_weights() as model:
-            found = rank(model)
+            found = measure(model)
         return {
             platform: {name: float(value) for name, value in metrics.items() if value is not None}
             for platform, metrics in found.items()
