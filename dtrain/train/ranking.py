@@ -34,6 +34,8 @@ Scorer = Callable[[slice], Tensor]
 #: Default bound of one block of scores, in bytes.
 BLOCK_BYTES = 64 << 20
 
+_ROWS = 32  # of one matrix product, for it to be worth one
+
 
 def entries(lists: Ragged) -> tuple[np.ndarray, np.ndarray]:
     """(list number, value) of every entry of the lists, as two int64 arrays."""
@@ -72,8 +74,12 @@ def history_scorer(table: ItemToItem, histories: Ragged) -> Scorer:
 
 
 def blocks(users: int, items: int, block_bytes: int) -> Iterator[slice]:
-    """The users in slices whose scores, fp32, are about so many bytes; at least one user each."""
-    size = max(1, block_bytes // (4 * max(1, items)))
+    """The users in slices whose scores, fp32, are at most so many bytes; at least one user each.
+
+    A quarter of that where it holds _ROWS users: what follows the product then finds its scores in a cache.
+    """
+    row = 4 * max(1, items)
+    size = max(1, min(block_bytes // row, max(block_bytes // 4 // row, _ROWS)))
     for start in range(0, users, size):
         yield slice(start, min(start + size, users))
 
