@@ -65,8 +65,9 @@ def fit_blend(
         shelf = open_shelf(model, text_NH, subject, comm.device)
         ranks_of = _ranks_of(model, shelf, subject, comm, most)
         mix = _by_turns(ranks_of, Mix(), shelf)
-        if len(shelf.cold_C):
-            mix = with_head_start(ranks_of, mix, subject, metric, model.blend.config.cold_cost)
+        cold_B = subject.catalog.counts[subject.users.targets[:most]] == 0
+        if cold_B.any():  # else nothing says that anybody wants such items
+            mix = with_head_start(ranks_of, mix, cold_B, metric, model.blend.config.cold_cost)
         model.blend.set(subject.number, mix)
 
 
@@ -106,13 +107,10 @@ def _by_turns(ranks_of: RanksOf, mix: Mix, shelf: Shelf) -> Mix:
     return mix
 
 
-def with_head_start(ranks_of: RanksOf, mix: Mix, subject: Subject, metric: str, cost: float) -> Mix:
-    """`mix` with what cold items get, see `fit_blend`; as it is where no cold target says that anybody wants them."""
+def with_head_start(ranks_of: RanksOf, mix: Mix, cold_B: np.ndarray, metric: str, cost: float) -> Mix:
+    """`mix` with what cold items get, see `fit_blend`. `cold_B`: which users' targets are such items, one at least."""
     mixes = [replace(mix, cold_own=own, head_start=start) for own in (1.0, 0.0) for start in HEAD_STARTS]
     rank_BK = ranks_of(mixes)
-    cold_B = subject.catalog.counts[subject.users.targets[: len(rank_BK)]] == 0
-    if not cold_B.any():
-        return mix
     metric_K = gains(rank_BK, metric).mean(0)
     dear_K = metric_K < (1 - cost) * metric_K[0]
     return mixes[int(np.argmax(np.where(dear_K, -1, _whole_ndcg(rank_BK[cold_B]))))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ def evaluate(
             for name, scorer_of in scorers.items()
         }
         keep(subject, rank_B["model"])
-        report[subject.name] = platform_report(subject, rank_B.pop("model"), rank_B, config)
+        block = platform_report(subject, rank_B.pop("model"), rank_B, config)
+        report[subject.name] = {**block, "blend": asdict(model.blend.of(subject.number))}
         seconds = time.perf_counter() - began
         log.info(
             "%s: ranked %d items for %d users, 4 ways, in %.1f s",
