@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,12 @@ def test_a_tokenizer_without_a_mask_token_is_refused(items: Items, tiny_encoder:
     tokenizer.mask_token = None
     with pytest.raises(ConfigError, match="no mask token"):
         Masker(items, tokenizer, 0.15)
+
+
+def test_of_a_text_without_tokens_nothing_is_hidden(items: Items, tiny_encoder: Path) -> None:
+    bare = dataclasses.replace(items, empty=np.union1d(items.empty, items.ids(np.array([3]))[0]))
+    masker = Masker(bare, AutoTokenizer.from_pretrained(tiny_encoder), 0.5)
+    id_T, length_N, at_M, _ = masker.hide(np.array([3, 3]), np.array([1, 2]))
+    assert not len(at_M)
+    assert (id_T == items.ids(np.array([3, 3]))[0]).all()
+    assert length_N.tolist() == items.length_I[[3, 3]].tolist()
