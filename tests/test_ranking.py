@@ -106,3 +106,18 @@ def test_top_items_are_no_more_than_there_are() -> None:
     rows, values = top_items(lambda rows: torch.arange(6.0).repeat(1, 1), ragged([[5, 1]]), 100, items=6)
     assert rows[0][:4].tolist() == [4, 3, 2, 0]
     assert np.isneginf(values[0][4:]).all()
+
+
+@pytest.mark.parametrize("items", [1, 50, 5000])
+def test_scores_of_no_more_users_than_asked_for_are_held_at_once(items: int) -> None:
+    held: list[int] = []
+
+    def scores(rows: slice) -> torch.Tensor:
+        held.append(rows.stop - rows.start)
+        return torch.zeros(rows.stop - rows.start, items)
+
+    users, most = 300, 80_000
+    rank_targets(scores, np.zeros(users, int), ragged([[]] * users), items=items, block_bytes=most)
+    assert sum(held) == users
+    assert max(held) * items * 4 <= most
+    assert max(held) == {1: 300, 50: 100, 5000: 4}[items]  # a quarter of it where that is enough for a product
