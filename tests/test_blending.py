@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
 from dtrain.data.neighbours import NeighbourConfig
+from dtrain.export.folder import write_platform
+from dtrain.export.recommender import open_platform
 from dtrain.model.blend import NEAR, Mix
 from dtrain.model.config import BlendConfig
 from dtrain.train.blending import STATISTICS, TEXTS, encoded_users, fit_blend, with_head_start
@@ -153,3 +155,17 @@ def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
 def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"blend\.{key}={value}"):
         BlendConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_an_exported_platform_is_scored_as_in_the_run_cold_items_too(case: Case, tmp_path: Path) -> None:
+    subject = subjects(case.manifest, "test", NEIGHBOURS)[2]
+    shelf = open_shelf(case.model, case.texts, subject, ALONE.device)
+    assert subject.neighbours is not None
+    write_platform(tmp_path, subject, shelf)
+    saved = {"neighbours": asdict(NEIGHBOURS), "blend": asdict(case.model.blend.config)}
+    again = open_platform(tmp_path, subject.name, 2, {"events": ["view"]}, saved).scored
+    mix = Mix(statistics=1.5, texts=3.0, cold_own=0.0, head_start=2.0)
+    user_BD = encoded_users(case.model, shelf, subject, slice(0, 5))
+    ours, theirs = (s.scorer(user_BD, subject.users.histories[:5], mix)(slice(0, 5)) for s in (shelf, again))
+    torch.testing.assert_close(theirs, ours)
+    assert len(again.cold_C) == (subject.catalog.counts == 0).sum() > 0

@@ -36,7 +36,7 @@ from dtrain.train.score import read_metrics
 from dtrain.train.shelf import Shelf, open_shelf
 from dtrain.train.subjects import Subject, subjects
 
-__all__ = ["TOLERANCE", "export"]
+__all__ = ["TOLERANCE", "export", "write_platform"]
 
 #: Largest difference allowed between a number in the run's vectors and the export's: fp32 sums in another order.
 TOLERANCE = 1e-4
@@ -70,7 +70,7 @@ def export(run: str | Path, out: str | Path, choice: str = "best") -> list[str]:
 
 def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -> dict[str, Tensor]:
     """Write everything below `folder`; returns item vectors [N, D] by platform."""
-    (folder / "recommender" / "items").mkdir(parents=True)
+    (folder / "recommender").mkdir()
     model.encoder.model.save_pretrained(folder)
     opened.inputs.tokenizer.save_pretrained(folder)
     _write_sentence_transformer(folder, model, opened.config.batch.text_tokens)
@@ -83,12 +83,8 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
     shelves: dict[str, Tensor] = {}
     for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
         shelf = open_shelf(model, text_NH, subject, torch.device("cpu"))
-        _write_items(folder / "recommender" / "items" / f"{subject.name}.arrow", subject, shelf)
+        write_platform(folder, subject, shelf)
         shelves[subject.name] = shelf.vector_ND
-        if subject.neighbours is not None:
-            (folder / "recommender" / "neighbours").mkdir(exist_ok=True)
-            with (folder / "recommender" / "neighbours" / f"{subject.name}.arrow").open("wb") as file:
-                write_neighbours(file, subject.neighbours)
     facts = _facts(opened, model)
     write_json(folder / "recommender" / "recommender.json", facts)
     opened.files.fetch("facts.json", "metrics*.json")
@@ -140,7 +136,8 @@ def _write_sentence_transformer(folder: Path, model: Recommender, max_tokens: in
     write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
-def _write_items(path: Path, subject: Subject, shelf: Shelf) -> None:
+def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> None:
+    """Write what `open_platform` reads of one platform."""
     columns = {
         "item": subject.catalog.items,
         "text": subject.catalog.texts,
@@ -152,8 +149,14 @@ def _write_items(path: Path, subject: Subject, shelf: Shelf) -> None:
     if shelf.text_NH is not None:
         columns["text_vector"] = _vectors(shelf.text_NH)
     table = pa.table(columns)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    items, neighbours = (folder / "recommender" / kind / f"{subject.name}.arrow" for kind in ("items", "neighbours"))
+    items.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(items), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
+    if shelf.neighbours is not None:
+        neighbours.parent.mkdir(exist_ok=True)
+        with neighbours.open("wb") as file:
+            write_neighbours(file, shelf.neighbours)
 
 
 def _vectors(vector_ND: Tensor) -> pa.Array:

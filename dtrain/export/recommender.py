@@ -36,7 +36,7 @@ from dtrain.model.config import (
 from dtrain.model.recommender import Recommender
 from dtrain.train.shelf import Shelf
 
-__all__ = ["FORMAT", "Item", "LoadedRecommender", "load", "model_config"]
+__all__ = ["FORMAT", "Item", "LoadedRecommender", "Platform", "load", "model_config", "open_platform"]
 
 #: Version of the folder's layout.
 FORMAT = 3
@@ -52,7 +52,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class _Platform:
+class Platform:
     """One platform's events and items in catalogue order."""
 
     index: int
@@ -66,7 +66,7 @@ class _Platform:
 class LoadedRecommender:
     """A recommender opened from an export folder. `platforms` are the names it knows."""
 
-    def __init__(self, model: Recommender, tokenizer: Any, shelves: dict[str, _Platform], max_tokens: int) -> None:
+    def __init__(self, model: Recommender, tokenizer: Any, shelves: dict[str, Platform], max_tokens: int) -> None:
         self._model, self._tokenizer, self._shelves, self._max_tokens = model, tokenizer, shelves, max_tokens
 
     @property
@@ -140,7 +140,7 @@ class LoadedRecommender:
             for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _shelf(self, platform: str) -> _Platform:
+    def _shelf(self, platform: str) -> Platform:
         if platform not in self._shelves:
             hint = nearest(platform, self.platforms)
             raise DataError(f"platform {platform!r} is not one of {', '.join(self.platforms)}.{hint}")
@@ -196,7 +196,7 @@ def load(path: str | Path) -> LoadedRecommender:
     if missing or unexpected:
         raise DataError(f"{root}: weights {[*missing, *unexpected][:3]} don't fit its config; export the run again")
     model.eval()
-    shelves = {name: _open_shelf(root, name, i, platforms[name], facts["model"]) for i, name in enumerate(platforms)}
+    shelves = {name: open_platform(root, name, i, platforms[name], facts["model"]) for i, name in enumerate(platforms)}
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     return LoadedRecommender(model, tokenizer, shelves, facts["text_tokens"])
 
@@ -217,7 +217,8 @@ def model_config(saved: dict[str, Any], encoder: Path) -> ModelConfig:
     return dataclasses.replace(config, memory=False)
 
 
-def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], saved: dict[str, Any]) -> _Platform:
+def open_platform(root: Path, name: str, index: int, facts: dict[str, Any], saved: dict[str, Any]) -> Platform:
+    """The platform of this number of the export folder `root`, by its own facts and the saved model config."""
     path = root / "recommender" / "items" / f"{name}.arrow"
     try:
         with pa.memory_map(str(path)) as mapped:
@@ -237,7 +238,7 @@ def _open_shelf(root: Path, name: str, index: int, facts: dict[str, Any], saved:
         last=saved["blend"]["texts"],
     )
     rows = {item: row for row, item in enumerate(items)}
-    return _Platform(index, list(facts["events"]), rows, items, table.column("text"), scored)
+    return Platform(index, list(facts["events"]), rows, items, table.column("text"), scored)
 
 
 def _matrix(table: pa.Table, name: str) -> Tensor:
