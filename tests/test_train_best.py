@@ -27,7 +27,7 @@ from dtrain.train.score import score_run
 from dtrain.train.stopping import Stopping
 from tests.engine_toys import build
 from tests.store_toys import forge, store_in
-from tests.train_toys import call, run_config
+from tests.train_toys import call, run_config, write_shops
 
 ALONE = Comm(World(), torch.device("cpu"))
 
@@ -94,8 +94,12 @@ def test_the_best_checkpoint_is_what_is_evaluated(stopped: Path, tmp_path: Path)
 def test_another_tokenizer_or_other_data_is_refused(stopped: Path, shops: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
-    with pytest.raises(StateMismatch, match="manifest fingerprint"):
-        score_run(run, ALONE, ["data.platforms=[garden]"])
+    config, elsewhere = run / "config.yaml", write_shops(tmp_path / "shops", users=30)
+    own = config.read_text(encoding="utf-8")
+    config.write_text(own.replace(str(shops), str(elsewhere)), encoding="utf-8")
+    with pytest.raises(StateMismatch, match="manifest fingerprint"):  # what lies where the run's data were
+        score_run(run, ALONE)
+    config.write_text(own, encoding="utf-8")
     manifest = Manifest.load(shops).select(["kitchen"])
     with pytest.raises(StateMismatch, match=manifest.fingerprint):
         open_retrievers(str(run), manifest, [], ALONE)
