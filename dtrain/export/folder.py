@@ -54,7 +54,10 @@ def export(run: str | Path, out: str | Path, choice: str = "best") -> list[str]:
         with connect(World()) as comm:
             opened = open_run(run, comm, choice=choice)
             if not isinstance(opened.model, Recommender):
-                raise ExportError(f"{run}: a run of train.task={opened.config.train.task}; only recommend is exported")
+                raise ExportError(
+                    f"{run}: a run of train.task={opened.config.train.task}; only recommend is exported. Its encoder "
+                    f"alone: `dtrain checkpoint to-hf {run} --out DIR`"
+                )
             text_NH = catalog_vectors(
                 opened.model.encoder,
                 opened.manifest,
