@@ -160,94 +160,123 @@ def _resident() -> int:
     return int(line.split()[1]) * 1024
 
 
+class _Watch:
+    """A run of this process, counted from inside: patches what a step calls."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self.held: dict[str, int] = {}  # most bytes at once, by part
+        self.about: dict[str, Any] = {}
+        self.ids: dict[int, int] = {}  # step -> distinct item ids that this rank sent
+        self.rows: dict[int, int] = {}  # step -> rows of the item table that it encoded
+
+    def install(self) -> None:
+        from dtrain.batches.collate import Collator
+        from dtrain.core.comm import _GatherRows
+        from dtrain.engine.base import BaseEngine
+        from dtrain.train.loop import Loop
+        from dtrain.train.meter import Meter
+        from dtrain.train.stopflag import StopFlag
+
+        self.traffic.install()
+        for owner, name, part in (
+            (Collator, "__call__", "collate"),
+            (Meter, "read", "meter"),
+            (StopFlag, "agree", "stop"),
+            (Comm, "sum", "sums"),
+            (Comm, "union", "union"),
+            (_GatherRows, "forward", "vectors"),
+            (_GatherRows, "backward", "vectors"),
+        ):
+            self.traffic.mark(owner, name, part)
+        for owner, name, first in (
+            (BaseEngine, "__init__", lambda *_: self.about.update(resident=_resident())),  # with the weights
+            (Loop, "_step", self._count_step),
+            (Comm, "union", self._count_ids),
+        ):
+            setattr(owner, name, _preceded(getattr(owner, name), first))
+        update = BaseEngine.train_step
+
+        def watched(engine: Any, batch: Any) -> Any:
+            self._before(engine, batch)
+            result = update(engine, batch)
+            self._after(engine, batch)
+            return result
+
+        BaseEngine.train_step = watched  # type: ignore[method-assign,assignment]
+
+    def _count_step(self, *_: Any) -> None:
+        self.traffic.step += 1
+
+    def _count_ids(self, comm: Comm, values: Any) -> None:
+        self.ids[self.traffic.step] = len(set(values.tolist()))
+
+    def _keep_most(self, now: dict[str, int]) -> None:
+        for name, size in now.items():
+            self.held[name] = max(self.held.get(name, 0), size)
+
+    def _before(self, engine: Any, batch: Any) -> None:
+        self.rows[self.traffic.step] = batch.share_rows
+        if self.traffic.step != MEASURED or not hasattr(engine, "_engine"):
+            return
+        inner, zero = engine._engine, engine._zero
+        backward = inner.backward
+
+        def in_backward(*args: Any, **kwargs: Any) -> Any:
+            with self.traffic.within("backward"):
+                return backward(*args, **kwargs)
+
+        inner.backward = in_backward
+        inner.step = _preceded(inner.step, lambda *_: self._keep_most({**allocated(engine), "resident": _resident()}))
+        for name in ("reduce_gradients", "_release_ipg_buffers"):  # before either, as much is held as ever
+            if hasattr(zero, name):
+                setattr(zero, name, _preceded(getattr(zero, name), lambda *_: self._keep_most(allocated(engine))))
+
+    def _after(self, engine: Any, batch: Any) -> None:
+        from dtrain.model.build import describe
+
+        if self.traffic.step != MEASURED:
+            return
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
+        self.about.update(
+            describe(engine.module),
+            hidden=engine.module.encoder.hidden,
+            after=allocated(engine),
+            small=sum(n for n in sizes if n < _PERSISTENT),
+            largest=max(sizes),
+            generator=torch.get_rng_state().numel(),
+            blocks=len(batch.blocks),
+            platforms=len(batch.target_weight_P),
+        )
+
+
+def _preceded(call: Callable[..., Any], first: Callable[..., object]) -> Callable[..., Any]:
+    """`call`, with `first` of the same arguments before it."""
+
+    @functools.wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        first(*args)
+        return call(*args, **kwargs)
+
+    return wrapper
+
+
 def train(comm: Comm, config_path: str, overrides: list[str]) -> dict[str, Any]:
     """A run of a few steps; what this rank held, sent and saved."""
-    from dtrain.batches.collate import Collator
-    from dtrain.core.comm import _GatherRows
     from dtrain.core.config import load_config
-    from dtrain.engine.base import BaseEngine
-    from dtrain.model.build import describe
     from dtrain.train.config import RunConfig
     from dtrain.train.job import run_job
-    from dtrain.train.loop import Loop
-    from dtrain.train.meter import Meter
-    from dtrain.train.stopflag import StopFlag
 
-    traffic, held, about = Traffic(), {}, {}
-    traffic.install()
-    for owner, name, part in (
-        (Collator, "__call__", "collate"),
-        (Meter, "read", "meter"),
-        (StopFlag, "agree", "stop"),
-        (Comm, "sum", "sums"),
-        (Comm, "union", "union"),
-        (_GatherRows, "forward", "vectors"),
-        (_GatherRows, "backward", "vectors"),
-    ):
-        traffic.mark(owner, name, part)
-    ids: dict[int, int] = {}
-    step, union, update = Loop._step, Comm.union, BaseEngine.train_step
-    rows: dict[int, int] = {}
-
-    def counted_step(loop: Any, progress: Any) -> None:
-        traffic.step += 1
-        step(loop, progress)
-
-    def counted_union(own: Comm, values: Any) -> Any:
-        ids[traffic.step] = len(set(values.tolist()))
-        return union(own, values)
-
-    def keep_most(now: dict[str, int]) -> None:
-        for name, size in now.items():
-            held[name] = max(held.get(name, 0), size)
-
-    def preceded(call: Callable[..., Any], first: Callable[[], None]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            first()
-            return call(*args, **kwargs)
-
-        return wrapper
-
-    def watched(engine: Any, batch: Any) -> Any:
-        rows[traffic.step] = batch.share_rows
-        if traffic.step == MEASURED and hasattr(engine, "_engine"):
-            inner, backward, zero = engine._engine.step, engine._engine.backward, engine._zero
-
-            def in_backward(*args: Any, **kwargs: Any) -> Any:
-                with traffic.within("backward"):
-                    return backward(*args, **kwargs)
-
-            engine._engine.step = preceded(inner, lambda: keep_most({**allocated(engine), "resident": _resident()}))
-            engine._engine.backward = in_backward
-            for name in ("reduce_gradients", "_release_ipg_buffers"):  # before either, as much is held as ever
-                if hasattr(zero, name):
-                    setattr(zero, name, preceded(getattr(zero, name), lambda: keep_most(allocated(engine))))
-        result = update(engine, batch)
-        if traffic.step == MEASURED:
-            about.update(describe(engine.module), hidden=engine.module.encoder.hidden, after=allocated(engine))
-            sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
-            about["small"], about["largest"] = sum(n for n in sizes if n < _PERSISTENT), max(sizes)
-            about["generator"] = torch.get_rng_state().numel()
-            about["blocks"], about["platforms"] = len(batch.blocks), len(batch.target_weight_P)
-        return result
-
-    make = BaseEngine.__init__
-
-    def noted(*args: Any, **kwargs: Any) -> None:
-        about["resident"] = _resident()  # with the weights
-        make(*args, **kwargs)
-
-    BaseEngine.__init__ = noted  # type: ignore[method-assign]
-    Loop._step, Comm.union, BaseEngine.train_step = counted_step, counted_union, watched  # type: ignore[method-assign,assignment]
-    config = load_config(RunConfig, Path(config_path), overrides)
-    run_job(config, comm.world)
+    watch = _Watch()
+    watch.install()
+    run_job(load_config(RunConfig, Path(config_path), overrides), comm.world)
     return {
-        "traffic": traffic.of_step(MEASURED),
-        "calls": {f"{p} {o}": n for (s, p, o), n in traffic.calls.items() if s == MEASURED},
-        "held": held,
-        "about": about,
-        "ids": ids[MEASURED],
-        "rows": rows[MEASURED],
+        "traffic": watch.traffic.of_step(MEASURED),
+        "calls": {f"{p} {o}": n for (s, p, o), n in watch.traffic.calls.items() if s == MEASURED},
+        "held": watch.held,
+        "about": watch.about,
+        "ids": watch.ids[MEASURED],
+        "rows": watch.rows[MEASURED],
     }
 
 

@@ -78,6 +78,22 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
+    """The config of a run trained on those shops, beside its folder `run`, for tests that leave it as it is."""
+    from tests.transfer_toys import trained
+
+    return trained(tmp_path_factory.mktemp("base"), shops, tiny_encoder)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of platforms that this run never saw, for tests that leave it as it is."""
+    from tests.transfer_toys import elsewhere
+
+    return elsewhere(tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
     """The run that those on clusters are compared with; see `tests.ray_runs`."""
     from tests.ray_runs import unbroken_run

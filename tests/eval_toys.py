@@ -41,9 +41,14 @@ def train_counts(platform: str) -> np.ndarray:
     return np.bincount(np.array(rows, dtype=np.int64), minlength=PLATFORMS[platform][0])
 
 
-def prepared(root: Path) -> Manifest:
+def time_of(user: str, place: int) -> int:
+    """Two items a day; each user begins some days after the one before."""
+    return 43_200 * (place + 5 * int(user.removeprefix("user")))
+
+
+def prepared(root: Path, *, timed: bool = True) -> Manifest:
     """Write the folder. The first user of `left` has the cold item 0 as test target. `left` has two shards."""
-    platforms = {name: _platform(root, name) for name in PLATFORMS}
+    platforms = {name: _platform(root, name, timed) for name in PLATFORMS}
     manifest = Manifest(schema_version=SCHEMA_VERSION, platforms=platforms, root=root)
     manifest.save()
     return manifest
@@ -54,11 +59,11 @@ def targets_of(platform: str) -> list[int]:
     return [0, *targets[1:]] if platform == "left" else targets
 
 
-def _platform(root: Path, name: str) -> PlatformManifest:
+def _platform(root: Path, name: str, timed: bool) -> PlatformManifest:
     (root / name).mkdir(parents=True)
     sequences, items = user_sequences(name), PLATFORMS[name][0]
     users = [f"user{row:04d}" for row in range(len(sequences))]
-    samples = [window for user, s in zip(users, sequences) for window in _windows(user, s[:-2])]
+    samples = [window for user, s in zip(users, sequences) for window in _windows(user, s[:-2], timed)]
     shards = []
     for number, part in enumerate((samples[::2], samples[1::2]) if name == "left" else (samples,)):
         if part:
@@ -68,8 +73,8 @@ def _platform(root: Path, name: str) -> PlatformManifest:
         {"item": f"i{row:04d}", "text": text, "category": "", "count": count}
         for row, (text, count) in enumerate(zip(item_texts(name), train_counts(name).tolist()))
     ]
-    valid = [_eval_row(user, s[:-2], s[-2]) for user, s in zip(users, sequences)]
-    test = [_eval_row(user, s[:-1], target) for user, s, target in zip(users, sequences, targets_of(name))]
+    valid = [_eval_row(user, s[:-2], s[-2], timed) for user, s in zip(users, sequences)]
+    test = [_eval_row(user, s[:-1], target, timed) for user, s, target in zip(users, sequences, targets_of(name))]
     table = ShardTable.of(shards)
     return PlatformManifest(
         name=name,
@@ -95,7 +100,7 @@ def _platform(root: Path, name: str) -> PlatformManifest:
     )
 
 
-def _windows(user: str, sequence: list[int]) -> list[dict[str, Any]]:
+def _windows(user: str, sequence: list[int], timed: bool) -> list[dict[str, Any]]:
     """Windows that overlap by positions which are context only, as preparation cuts them."""
     rows = []
     start = 0
@@ -108,7 +113,7 @@ def _windows(user: str, sequence: list[int]) -> list[dict[str, Any]]:
                 "items": part,
                 "events": [item % 2 for item in part],
                 "weights": [float(place >= context) for place in range(len(part))],
-                "times": list(range(start, start + len(part))),
+                "times": [time_of(user, start + place) if timed else None for place in range(len(part))],
             }
         )
         if start + WINDOW >= len(sequence):
@@ -116,15 +121,15 @@ def _windows(user: str, sequence: list[int]) -> list[dict[str, Any]]:
         start += WINDOW - OVERLAP
 
 
-def _eval_row(user: str, history: list[int], target: int) -> dict[str, Any]:
+def _eval_row(user: str, history: list[int], target: int, timed: bool) -> dict[str, Any]:
     return {
         "user": user,
         "items": history,
         "events": [item % 2 for item in history],
-        "times": list(range(len(history))),
+        "times": [time_of(user, place) if timed else None for place in range(len(history))],
         "target": target,
         "target_event": 0,
-        "target_time": len(history),
+        "target_time": time_of(user, len(history)) if timed else None,
     }
 
 

@@ -158,6 +158,7 @@ def histories(samples: Sequence[Sample], place: Mapping[int, int], positions: in
         mask_BL=mask,
         target_BL=target,
         weight_BL=weight,
+        lift_BL=torch.zeros_like(target),
         platform_B=platform,
         block_B=platform.clone(),
     )

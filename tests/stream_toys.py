@@ -60,7 +60,7 @@ def _samples(rng: np.random.Generator, users: list[str], items: int) -> pa.Table
         windows,
         [rng.integers(0, 2, len(window)).astype(np.int8) for window in windows],
         weights,
-        [np.arange(len(window)) for window in windows],
+        [43_200 * (np.arange(len(window)) + row % 11) for row, window in enumerate(windows)],  # two a day
     ]
     return pa.table([pa.array(list(c), type=field.type) for c, field in zip(columns, SAMPLE)], schema=SAMPLE)
 

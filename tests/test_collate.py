@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from dtrain.batches.collate import log_inclusion
 from dtrain.batches.config import BatchConfig
 from dtrain.batches.fresh import choose_fresh, deal_fresh
+from dtrain.batches.host import sample_ids
 from dtrain.batches.items import Items
 from dtrain.batches.ragged import length_classes
 from dtrain.core.comm import Comm
@@ -19,6 +20,9 @@ from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
 from dtrain.data.batch import StepBatch
 from dtrain.data.manifest import Manifest
+from dtrain.data.schema import DAY
+from dtrain.data.shards import ShardReader
+from dtrain.data.trends import TrendConfig
 from tests.batch_toys import TOKENS, collate, collate_shared, make_plan, on_ranks, read_step, shared
 from tests.ranks import run_ranks
 from tests.stream_toys import prepared
@@ -31,12 +35,18 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="module")
 def items(manifest: Manifest, tiny_encoder: Path) -> Items:
-    return Items.open(manifest, AutoTokenizer.from_pretrained(tiny_encoder), TOKENS)
+    return Items.open(manifest, AutoTokenizer.from_pretrained(tiny_encoder), TOKENS, TrendConfig())
 
 
 def alone(manifest: Manifest, items: Items, step: int = 0, plan: dict[str, int] | None = None, **config: Any) -> Any:
     comm = Comm(World(), torch.device("cpu"))
     return collate(manifest, items, comm, step, plan or {}, **config)
+
+
+def lifts(batch: StepBatch, block: int, at: int) -> list[float]:
+    """What the candidates of a block are lifted by for a target, in their order."""
+    lift_DC = batch.blocks[block].lift_DC
+    return [] if lift_DC is None else lift_DC[at].tolist()
 
 
 def meaning(batches: list[StepBatch]) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def meaning(batches: list[StepBatch]) -> dict[str, Any]:
                             float(part.weight_BL[b, at]),
                             int(part.platform_B[b]),
                             int(part.block_B[b]),
+                            lifts(batch, int(part.block_B[b]), int(part.lift_BL[b, at])),
                         ]
                     )
         samples += batch.sample_ids
@@ -121,7 +132,44 @@ def test_positions_are_the_windows_next_items(manifest: Manifest, items: Items) 
         want += [
             [rows[:t], events[:t], rows[t], weights[t], platform, block] for t in range(1, len(rows)) if weights[t] > 0
         ]
-    assert got == sorted(want)
+    assert [position[:6] for position in got] == sorted(want)
+
+
+def test_candidates_are_lifted_by_what_was_wanted_before_the_targets_day(manifest: Manifest, items: Items) -> None:
+    (batch,), samples = [alone(manifest, items, 2, accumulation=2)], read_step(make_plan(manifest), 2, World())
+    want = {}
+    for b in range(samples.offset_B.size - 1):
+        part, platform = slice(samples.offset_B[b], samples.offset_B[b + 1]), int(samples.plan.platform_B[b])
+        trends, block = items.trends[platform], int(samples.plan.block_B[b])
+        assert trends is not None
+        rows = (samples.item_T[part] + items.offset_P[platform]).tolist()
+        candidates = batch.table.row_U[batch.blocks[block].candidate_C].numpy() - items.offset_P[platform]
+        for t, day in enumerate(samples.day_T[part].tolist()):
+            want[(block, *rows[: t + 1])] = trends.of(np.array([day]))[0, candidates].tolist()
+    positions = meaning([batch])["positions"]
+    found = {(block, *history, target): lift for history, _, target, _, _, block, lift in positions}
+    assert found
+    assert all(lift == want[key] for key, lift in found.items())
+    assert len({tuple(lift) for lift in found.values()}) > 20
+    assert max(abs(one) for lift in found.values() for one in lift) > 0.5
+
+
+def test_with_a_weight_of_zero_training_goes_without(manifest: Manifest, items: Items, tiny_encoder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    without = Items.open(manifest, tokenizer, TOKENS, TrendConfig(weight=0))
+    half = Items.open(manifest, tokenizer, TOKENS, TrendConfig(weight=0.5))
+    assert all(block.lift_DC is None for block in alone(manifest, without).blocks)
+    for block, other in zip(alone(manifest, half).blocks, alone(manifest, items).blocks, strict=True):
+        assert block.lift_DC is not None
+        torch.testing.assert_close(2 * block.lift_DC, other.lift_DC)
+
+
+def test_days_are_those_of_the_windows_times(manifest: Manifest) -> None:
+    samples = read_step(make_plan(manifest), 2, World())
+    for b, (name, shard, row) in enumerate(sample_ids(samples, tuple(manifest.platforms))):
+        (times,) = ShardReader(manifest, name).read(shard, [row])["times"].to_pylist()
+        part = samples.day_T[samples.offset_B[b] : samples.offset_B[b + 1]]
+        assert part.tolist() == [time // DAY for time in times]
 
 
 def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, items: Items) -> None:
@@ -130,7 +178,7 @@ def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, ite
     row = batch.table.row_U
     assert (torch.diff(row) > 0).all()
     for index, (block, planned) in enumerate(zip(batch.blocks, plan.blocks, strict=True)):
-        asked = [target for *_, target, _, _, at in positions if at == index]
+        asked = [target for _, _, target, _, _, at, _ in positions if at == index]
         targets = set(asked)
         negatives = set((planned.negatives_K + items.offset_P[planned.platform]).tolist())
         assert set(row[block.candidate_C].tolist()) == targets | negatives

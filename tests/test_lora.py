@@ -23,22 +23,7 @@ from dtrain.train.job import run_job
 from dtrain.train.open import open_run
 from dtrain.train.score import score_run
 from tests.train_toys import losses
-from tests.transfer_toys import ALONE, QUICK, STILL, adapted, changed, elsewhere, store_names, train, trained, weights
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("base"), shops, tiny_encoder)
-
-
-@pytest.fixture(scope="module")
-def run(base: Path) -> Path:
-    return base.parent / "run"
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return elsewhere(tmp_path_factory.mktemp("other"))
+from tests.transfer_toys import ALONE, QUICK, STILL, adapted, changed, store_names, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +35,8 @@ def lora(tmp_path_factory: pytest.TempPathFactory, base: Path, other: Path) -> P
 LORA = ["train.adapt=lora", "train.lora.rank=3", "train.lora.alpha=5", "optimizer.encoder_lr=0"]
 
 
-def test_lora_trains_its_own_weights_and_each_platforms_alone(run: Path, lora: Path) -> None:
-    before, after = weights(run, "best"), weights(lora)
+def test_lora_trains_its_own_weights_and_each_platforms_alone(base: Path, lora: Path) -> None:
+    before, after = weights(base.parent / "run", "best"), weights(lora)
     for name, value in before.items():
         layer, _, kind = name.rpartition(".")
         kept = f"{layer}.base_layer.{kind}" if f"{layer}.base_layer.{kind}" in after else name

@@ -42,7 +42,16 @@ def catalogue(model: Recommender, known: Tensor | None = None) -> tuple[Tensor, 
 
 def test_loss_is_the_weighted_cross_entropy_over_each_blocks_candidates(model: Recommender) -> None:
     model.eval()
-    loss_P = model(toy_batch(SAMPLES, negatives=NEGATIVES, log_q={7: -2.0, 10: -1.0}))
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES, log_q={7: -2.0, 10: -1.0})
+    lift_DC = torch.randn(3, len(batch.blocks[0].candidate_C))  # the first platform alone has times
+    (chunk,) = batch.histories
+    day_BL = torch.arange(chunk.item_BL.shape[1]).expand_as(chunk.item_BL) % 3
+    batch = dataclasses.replace(
+        batch,
+        blocks=(dataclasses.replace(batch.blocks[0], lift_DC=lift_DC), batch.blocks[1]),
+        histories=(dataclasses.replace(chunk, lift_BL=day_BL),),
+    )
+    loss_P = model(batch)
     _, item_ND, bias_N = catalogue(model)
     candidates = {0: [1, 2, 3, 4, 6, 7], 1: [8, 10, 11, 13]}
     expected = [0.0, 0.0]
@@ -57,6 +66,8 @@ def test_loss_is_the_weighted_cross_entropy_over_each_blocks_candidates(model: R
             )
             rows = candidates[platform]
             score_C = (item_ND[rows] @ user_1D[0]) / model.current_temperature() + bias_N[rows]
+            if platform == 0:
+                score_C += lift_DC[t % 3]
             score_C -= torch.tensor([{7: -2.0, 10: -1.0}.get(row, 0.0) for row in rows])
             expected[platform] -= weight * float(score_C.log_softmax(0)[rows.index(items[t + 1])])
     assert loss_P.tolist() == pytest.approx(expected, rel=1e-5)

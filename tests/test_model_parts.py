@@ -34,6 +34,8 @@ def test_info_nce_by_hand() -> None:
     assert float(warmer[0]) == pytest.approx(-math.log(e**0.5 / (2 * e**0.5 + 1)))
     biased = info_nce(query[:1], items, torch.tensor([2]), bias_C=torch.tensor([0.0, 3.0, 1.0]))
     assert float(biased[0]) == pytest.approx(-math.log(e**2 / (e + e**3 + e**2)))
+    lifted = info_nce(query, items, torch.tensor([2, 1]), offset_TC=torch.tensor([[0.0, 3.0, 1.0], [0.0, -2.0, 0.0]]))
+    assert lifted.tolist() == pytest.approx([float(biased[0]), -math.log(1 / (e**2 + 1 + 1))])
     # An item that is a candidate half as often as the others counts twice in the denominator.
     sampled = info_nce(query[:1], items, torch.tensor([2]), log_q_C=torch.tensor([0.0, math.log(0.5), 0.0]))
     assert float(sampled[0]) == pytest.approx(-math.log(e / (e + 2 + e)))

@@ -35,7 +35,7 @@ def readers(manifest: Manifest) -> dict[str, SampleReader]:
 
 
 def described(samples: StepSamples) -> list[object]:
-    arrays = (samples.user_B, samples.offset_B, samples.item_T, samples.event_T, samples.weight_T)
+    arrays = (samples.user_B, samples.offset_B, samples.item_T, samples.event_T, samples.weight_T, samples.day_T)
     return [samples.step, samples.local, *(array.tolist() for array in arrays)]
 
 

@@ -27,22 +27,12 @@ from dtrain.train.score import score_run
 from dtrain.train.vectors import encode_catalog
 from tests import prepare_toys
 from tests.conftest import make_tiny_encoder
-from tests.transfer_toys import ALONE, QUICK, STILL, adapted, changed, elsewhere, store_names, train, trained, weights
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, shops: Path, tiny_encoder: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("base"), shops, tiny_encoder)
+from tests.transfer_toys import ALONE, QUICK, STILL, adapted, changed, store_names, train, weights
 
 
 @pytest.fixture(scope="module")
 def run(base: Path) -> Path:
     return base.parent / "run"
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return elsewhere(tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ What is decided here (table, candidates, fresh items, dropped ids) depends on th
 every world size and accumulation. Two collectives a step: a union of item ids and a sum.
 
 Legend of shape suffixes: U distinct items of the step, Q this rank's positions end to end, C candidates end to end,
-G contrast blocks, P platforms.
+G contrast blocks, D days, P platforms.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -64,14 +66,15 @@ class Collator:
         row_U = np.unique(np.concatenate([seen, pair_C]) % len(items))
         fresh_F = choose_fresh(row_U.size, config.fresh_items, hash64(plan.seed, _FRESH))
         chunks = config.accumulation * config.text_buckets
+        lift_Q, lifts = self._lifts(plan, pair_C, at, np.where(hit_Q, block_Q, -1))
         share = fresh_share(items, row_U, fresh_F, self._comm.world, chunks, self._pin)
         return StepBatch(
             step=samples.step,
             texts=share.texts,
             share_rows=share.rows,
             table=self._table(row_U, share.place_U, plan.seed),
-            histories=micro_batches(at, row_U, config.accumulation, config.history_buckets, self._pin),
-            blocks=self._blocks(plan, pair_C, row_U, targets_G),
+            histories=micro_batches(at, row_U, lift_Q, config.accumulation, config.history_buckets, self._pin),
+            blocks=self._blocks(plan, pair_C, row_U, targets_G, lifts),
             target_weight_P=torch.from_numpy(target_weight_P),
             tokens=share.tokens,
             padded_tokens=sum(chunk.mask_NT.numel() for chunk in share.texts),
@@ -90,7 +93,12 @@ class Collator:
         return np.unique(np.concatenate([targets, *negatives]))
 
     def _blocks(
-        self, plan: StepPlan, pair_C: np.ndarray, row_U: np.ndarray, targets_G: np.ndarray
+        self,
+        plan: StepPlan,
+        pair_C: np.ndarray,
+        row_U: np.ndarray,
+        targets_G: np.ndarray,
+        lifts: Sequence[np.ndarray | None],
     ) -> tuple[Block, ...]:
         items = self._items
         block_C, item_C = np.divmod(pair_C, len(items))
@@ -100,9 +108,37 @@ class Collator:
         place_C = np.searchsorted(row_U, item_C)
         cuts = np.searchsorted(block_C, np.arange(1, len(plan.blocks)))
         return tuple(
-            Block(platform=block.platform, candidate_C=self._pin(place), log_q_C=self._pin(log_q))
-            for block, place, log_q in zip(plan.blocks, np.split(place_C, cuts), np.split(log_q_C, cuts), strict=True)
+            Block(
+                platform=block.platform,
+                candidate_C=self._pin(place),
+                log_q_C=self._pin(log_q),
+                lift_DC=None if lift is None else self._pin(lift),
+            )
+            for block, place, log_q, lift in zip(
+                plan.blocks, np.split(place_C, cuts), np.split(log_q_C, cuts), lifts, strict=True
+            )
         )
+
+    def _lifts(
+        self, plan: StepPlan, pair_C: np.ndarray, at: Positions, block_Q: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray | None]]:
+        """(row of its block's lifts for each target [Q], each block's lifts [D, C] on the days of this rank's targets).
+
+        `block_Q` is -1 where a position has no target.
+        """
+        items, lift_Q = self._items, np.zeros(block_Q.size, np.int64)
+        block_C, item_C = np.divmod(pair_C, len(items))
+        lifts: list[np.ndarray | None] = []
+        for index, block in enumerate(plan.blocks):
+            trends = items.trends[block.platform]
+            if trends is not None:
+                own_Q = np.flatnonzero(block_Q == index)
+                snapshot_D, lift_Q[own_Q] = np.unique(trends.snapshots(at.day_Q[own_Q]), return_inverse=True)
+                own_C = item_C[block_C == index] - items.offset_P[block.platform]
+                lifts.append(trends.lift_SN[snapshot_D[:, None], own_C] * np.float32(items.trend_weight))
+            else:
+                lifts.append(None)
+        return lift_Q, lifts
 
     def _table(self, row_U: np.ndarray, place_U: np.ndarray, seed: int) -> ItemTable:
         keep_U = uniform(hash64(seed, _DROP), row_U) >= self._config.id_dropout

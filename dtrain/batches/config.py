@@ -21,8 +21,8 @@ class BatchConfig:
     id_dropout: float = 0.1  # share of a step's items that are shown without their id vector, 0..1
     pair_history: int = 5  # items of the history whose texts a cross-encoder reads, the most recent ones
     pair_negatives: int = 4  # sampled negatives for each target of a cross-encoder
-    masked: float = 0.15  # share of a text's tokens that masked language modelling hides, 0..1
     pair_tokens: int = 128  # most tokens of a (history, item) pair, special tokens included
+    masked: float = 0.15  # share of a text's tokens that masked language modelling hides, above 0, at most 1
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -38,7 +38,7 @@ class BatchConfig:
                 raise ConfigError(f"batch.{name}={getattr(self, name)}: must be at least {least}")
         if self.fresh_items is not None and self.fresh_items < 0:
             raise ConfigError(f"batch.fresh_items={self.fresh_items}: must be 0 or more, or null for every item")
-        if not 0 < self.masked <= 1:
-            raise ConfigError(f"batch.masked={self.masked}: must be above 0 and at most 1; 0.15 is usual")
         if not 0 <= self.id_dropout <= 1:
             raise ConfigError(f"batch.id_dropout={self.id_dropout}: must lie in 0..1")
+        if not 0 < self.masked <= 1:
+            raise ConfigError(f"batch.masked={self.masked}: must be above 0 and at most 1; 0.15 is usual")

@@ -32,6 +32,7 @@ class Positions:
     event_Q: np.ndarray  # int64
     next_Q: np.ndarray  # int64 global item rows
     weight_Q: np.ndarray  # float32 weight of the prediction; 0: none is asked for
+    day_Q: np.ndarray  # int32 UTC day of the item that is predicted, NO_DAY without times
 
     @classmethod
     def of(cls, samples: StepSamples, offset_P: np.ndarray) -> Positions:
@@ -50,12 +51,15 @@ class Positions:
             event_Q=samples.event_T[~is_last_T].astype(np.int64),
             next_Q=item_T[~is_first_T],
             weight_Q=samples.weight_T[~is_first_T],
+            day_Q=samples.day_T[~is_first_T],
         )
 
 
-def micro_batches(at: Positions, row_U: np.ndarray, count: int, buckets: int, pin: Pin) -> tuple[Histories, ...]:
+def micro_batches(
+    at: Positions, row_U: np.ndarray, lift_Q: np.ndarray, count: int, buckets: int, pin: Pin
+) -> tuple[Histories, ...]:
     """`count` micro-batches of consecutive samples, sizes apart by at most one, each in `buckets` of like length;
-    `row_U` is the step's item table.
+    `row_U` is the step's item table, `lift_Q` rows of the blocks' lifts.
 
     A bucket without samples asks for nothing, but is there, so that every rank runs the same modules.
     """
@@ -66,12 +70,18 @@ def micro_batches(at: Positions, row_U: np.ndarray, count: int, buckets: int, pi
     for index in range(count):
         begin, end = (at.length_B.size * i // count for i in (index, index + 1))
         for own in length_classes(at.length_B[begin:end], buckets):
-            made.append(_bucket(at, item_Q, next_Q, offset_B, begin + own, pin))
+            made.append(_bucket(at, item_Q, next_Q, lift_Q, offset_B, begin + own, pin))
     return tuple(made)
 
 
 def _bucket(
-    at: Positions, item_Q: np.ndarray, next_Q: np.ndarray, offset_B: np.ndarray, own: np.ndarray, pin: Pin
+    at: Positions,
+    item_Q: np.ndarray,
+    next_Q: np.ndarray,
+    lift_Q: np.ndarray,
+    offset_B: np.ndarray,
+    own: np.ndarray,
+    pin: Pin,
 ) -> Histories:
     """The samples `own`, padded to the longest."""
     empty = not own.size
@@ -85,6 +95,7 @@ def _bucket(
         mask_BL=pin(mask_BL),
         target_BL=pin(pad(next_Q[part_Q], length_B, width)),
         weight_BL=pin(pad(at.weight_Q[part_Q], length_B, width)),
+        lift_BL=pin(pad(lift_Q[part_Q], length_B, width)),
         platform_B=pin(at.platform_B[own] if not empty else np.zeros(1, np.int64)),
         block_B=pin(at.block_B[own] if not empty else np.zeros(1, np.int64)),
     )

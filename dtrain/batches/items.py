@@ -18,6 +18,7 @@ from dtrain.batches.tokens import TokenCache, empty_text
 from dtrain.core.errors import ConfigError
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
+from dtrain.data.trends import TrendConfig, Trends, open_trends
 
 __all__ = ["Items"]
 
@@ -32,12 +33,14 @@ class Items:
     group_I: np.ndarray  # int64, equal for items of one platform with equal text
     length_I: np.ndarray  # int64 tokens of the item's text
     tokens: tuple[TokenCache, ...]  # by platform
+    trends: tuple[Trends | None, ...]  # by platform; None where training goes without
+    trend_weight: float
     empty: np.ndarray  # int32 ids of an empty text: the special tokens alone
     pad: int  # id that fills up
 
     @classmethod
-    def open(cls, manifest: Manifest, tokenizer: Any, text_tokens: int) -> Items:
-        """Open catalogues and token caches (made where missing) of the manifest's platforms.
+    def open(cls, manifest: Manifest, tokenizer: Any, text_tokens: int, trend: TrendConfig | None = None) -> Items:
+        """Open catalogues and token caches (made where missing) of the manifest's platforms; trends with `trend`.
 
         Raises ConfigError for a tokenizer without special tokens or padding, DataError for a bad prepared folder.
         """
@@ -59,6 +62,10 @@ class Items:
             group_I=np.concatenate(groups),
             length_I=np.concatenate([cache.lengths for cache in caches]),
             tokens=caches,
+            trends=tuple(
+                open_trends(manifest, name, trend) if trend and trend.weight else None for name in manifest.platforms
+            ),
+            trend_weight=trend.weight if trend else 0.0,
             empty=empty,
             pad=int(tokenizer.pad_token_id),
         )

@@ -7,7 +7,6 @@ Legend of shape suffixes: B samples, N texts, T tokens end to end, M tokens to b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,9 @@ from dtrain.data.stream import StepSamples
 
 __all__ = ["MaskedCollator", "Masker", "held_out"]
 
-_TEXT, _HIDE, _HOW, _WHAT, _HELD = 5, 6, 7, 8, 9  # streams of draws
+_TEXT, _KEY = 5, 6  # streams of a step's draws
+_HIDE, _HOW, _WHAT = 0, 1, 2  # streams of a text's
+_HELD = 0  # key of what is held out
 
 _HELD_SHARE = 0.02  # of each platform's distinct texts: what validation hides tokens of
 _MASKED, _RANDOM = 0.8, 0.9  # bounds: [MASK], any token, the token itself (Devlin et al. 2019)
@@ -78,22 +79,19 @@ class Masker:
         """
         order_N = np.argsort(-self._items.length_I[row_N], kind="stable")
         made = []
-        for index in range(count):
-            own = order_N[order_N.size * index // count : order_N.size * (index + 1) // count]
+        for own in np.array_split(order_N, count):
             id_T, length_N, at_M, label_M = self.hide(row_N[own], key_N[own])
             if not own.size:
                 id_T, length_N = self._items.empty.astype(np.int64), np.array([self._items.empty.size])
-            width, text_M = int(length_N.max()), np.searchsorted(offsets_of(length_N), at_M, side="right") - 1
-            ids_NT = pad(id_T, length_N, width)
-            mask_NT = (np.arange(width) < length_N[:, None]).astype(np.int64)
-            ids_NT[mask_NT == 0] = self._items.pad
+            width, begin_N = int(length_N.max()), offsets_of(length_N)
+            text_M = np.searchsorted(begin_N, at_M, side="right") - 1
             made.append(
                 {
-                    "ids_NT": ids_NT,
-                    "mask_NT": mask_NT,
-                    "at_M": text_M * width + at_M - offsets_of(length_N)[text_M],
+                    "ids_NT": pad(id_T, length_N, width, self._items.pad),
+                    "mask_NT": (np.arange(width) < length_N[:, None]).astype(np.int64),
+                    "at_M": text_M * width + at_M - begin_N[text_M],
                     "label_M": label_M,
-                    "platform_M": platform_N[own][text_M] if own.size else np.zeros(0, np.int64),
+                    "platform_M": platform_N[own[text_M]],
                 }
             )
         return made
@@ -105,7 +103,7 @@ class MaskedCollator:
     def __init__(self, config: BatchConfig, items: Items, tokenizer: Any, comm: Comm) -> None:
         self._config, self._items, self._comm = config, items, comm
         self._masker, self._pin = Masker(items, tokenizer, config.masked), pin_for(comm.device)
-        self._rows = _trained(items, held_out(items))
+        self._rows = _trained(items)
 
     def __call__(self, samples: StepSamples) -> MaskedBatch:
         local, platforms = samples.local, len(self._items.platforms)
@@ -116,7 +114,7 @@ class MaskedCollator:
         for platform in np.unique(platform_B).tolist():
             rows, here = self._rows[platform], platform_B == platform
             row_B[here] = rows[(draw_B[here] * len(rows)).astype(np.int64)]
-        key_B = hash64(samples.plan.seed, slot_B) >> np.uint64(1)
+        key_B = hash64(hash64(samples.plan.seed, _KEY), slot_B)
         count = self._config.accumulation * self._config.text_buckets
         made = self._masker.batches(row_B, key_B, platform_B, count)
         told = np.concatenate([part["platform_M"] for part in made])
@@ -133,8 +131,8 @@ class MaskedCollator:
         )
 
 
-def _trained(items: Items, held: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _trained(items: Items) -> list[np.ndarray]:
     """Global rows of each platform whose text is not held out."""
-    groups = np.concatenate([items.group_I[rows] for rows in held]) if held else np.zeros(0, np.int64)
-    rows_I = np.flatnonzero(~np.isin(items.group_I, groups))
+    held = items.group_I[np.concatenate(held_out(items))]
+    rows_I = np.flatnonzero(~np.isin(items.group_I, held))
     return np.split(rows_I, np.searchsorted(rows_I, items.offset_P[1:-1]))

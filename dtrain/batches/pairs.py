@@ -144,8 +144,7 @@ class PairCollator:
         order_N = np.argsort(-length_N, kind="stable")
         count, pin, made = self._config.accumulation * self._config.text_buckets, self._pin, []
         start, end = self._items.empty.tolist()
-        for index in range(count):
-            own = order_N[order_N.size * index // count : order_N.size * (index + 1) // count]
+        for own in np.array_split(order_N, count):
             width = int(length_N[own].max(initial=0))
             arrays = [a[own, :width] for a in encoded] + [a[own] for a in (label_N, weight_N, platform_N)]
             if not own.size:

@@ -1,7 +1,7 @@
 """`StepBatch` and `PairBatch`: one rank's part of one step; batches make them, models eat them.
 
 Legend of shape suffixes: N items encoded by this chunk, T tokens, U distinct items of the whole step, B samples of
-this chunk, L history positions, C candidates of a contrast block, P platforms. In pairs, N is pairs.
+this chunk, L history positions, C candidates of a contrast block, D days, P platforms. In pairs, N is pairs.
 
 The step's distinct items form one table of U rows, sorted by (platform, item), the same on every rank. Each rank
 encodes the text of its share of the *fresh* rows; the shares are gathered with gradient; the other rows take the
@@ -61,6 +61,7 @@ class Histories:
     mask_BL: Tensor  # bool, True for real positions
     target_BL: Tensor  # int64 table row of the *next* item; 0 where there is no target
     weight_BL: Tensor  # float32 weight of the target; 0: no target here
+    lift_BL: Tensor  # int64 row of the block's `lift_DC` for the target's day
     platform_B: Tensor  # int64 platform index
     block_B: Tensor  # int64 index into StepBatch.blocks
 
@@ -72,6 +73,9 @@ class Block:
     platform: int
     candidate_C: Tensor  # int64 table rows, distinct: the targets of the whole block and its sampled negatives
     log_q_C: Tensor  # float32 log of the probability that the item is a candidate of this block
+    lift_DC: Tensor | None = (
+        None  # float32 to add to logits on the D days of this rank's targets (`dtrain.data.trends`)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

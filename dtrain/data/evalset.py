@@ -12,7 +12,7 @@ import pyarrow as pa
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.data.catalog import open_arrow
 from dtrain.data.manifest import Manifest
-from dtrain.data.schema import EVAL
+from dtrain.data.schema import DAY, EVAL
 
 __all__ = ["EvalSet", "Ragged"]
 
@@ -62,6 +62,7 @@ class EvalSet:
     history_events: Ragged  # int8
     targets: np.ndarray  # int32
     target_events: np.ndarray  # int8
+    days: np.ndarray | None = None  # int64 UTC days since 1970 of the targets; None for platforms without times
 
     @classmethod
     def open(cls, manifest: Manifest, platform: str, part: str) -> EvalSet:
@@ -72,6 +73,7 @@ class EvalSet:
         file, rows = (entry.valid, entry.valid_rows) if part == "valid" else (entry.test, entry.test_rows)
         table = open_arrow(manifest, file, EVAL, rows)
         histories, targets = Ragged.of(table["items"]), table["target"].to_numpy()
+        times = table["target_time"]
         for values in (histories.values, targets):
             if values.size and not 0 <= values.min() <= values.max() < entry.items:
                 raise CorruptFile(f"{file.path}: names items beyond the platform's {entry.items}; prepare again")
@@ -82,6 +84,7 @@ class EvalSet:
             Ragged.of(table["events"]),
             targets,
             table["target_event"].to_numpy(),
+            None if times.null_count else times.to_numpy() // DAY,
         )
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ class Gathered:
     item_T: np.ndarray  # int32 catalogue rows, oldest first
     event_T: np.ndarray  # int8 event types
     weight_T: np.ndarray  # float32, above 0 where the position is a target
+    day_T: np.ndarray  # int32 UTC days since 1970, NO_DAY without times
 
 
 def interleaved(parts: Sequence[Gathered], count_SP: np.ndarray) -> list[Gathered]:
@@ -44,6 +45,7 @@ def interleaved(parts: Sequence[Gathered], count_SP: np.ndarray) -> list[Gathere
                 item_T=np.concatenate([part.item_T[own] for part, own in positions]),
                 event_T=np.concatenate([part.event_T[own] for part, own in positions]),
                 weight_T=np.concatenate([part.weight_T[own] for part, own in positions]),
+                day_T=np.concatenate([part.day_T[own] for part, own in positions]),
             )
         )
     return joined

@@ -11,16 +11,13 @@ Legend of shape suffixes: N items, M distinct pairs of items, K sources of a tar
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-from dtrain.core.errors import ConfigError, DataError
-from dtrain.core.fingerprint import fingerprint
-from dtrain.data.catalog import map_arrow
+from dtrain.core.errors import ConfigError
+from dtrain.data.derived import derived_table
 from dtrain.data.manifest import Manifest
 from dtrain.data.pairs import PairSums, Windows, sum_pairs, windows
 from dtrain.data.shards import ShardReader
@@ -28,17 +25,16 @@ from dtrain.data.shards import ShardReader
 __all__ = [
     "ItemToItem",
     "NeighbourConfig",
+    "as_batch",
+    "as_neighbours",
     "find_neighbours",
     "open_neighbours",
-    "read_neighbours",
     "recency",
-    "write_neighbours",
 ]
 
-_VERSION = 1  # of what is computed, for the name of the file it is kept in
+_VERSION = 1  # of what is computed
 _UNIT = 1 << 16  # weights of pairs are whole multiples of 1 / _UNIT
 _CHUNK = 1 << 22  # cells of the normal equations that are solved at once
-_OVERHEAD = 8192  # bytes of an Arrow file beside its columns, at most
 _SCHEMA = pa.schema([("target", pa.large_list(pa.int32())), ("weight", pa.large_list(pa.float32()))])
 
 
@@ -84,46 +80,28 @@ def recency(config: NeighbourConfig) -> np.ndarray:
 
 
 def open_neighbours(manifest: Manifest, platform: str, config: NeighbourConfig) -> ItemToItem:
-    """Map `neighbours-FINGERPRINT`, beside the platform's catalogue or in the node's cache; made where it is missing.
+    """The platform's weights, read from `neighbours-DIGEST`; made where that is missing, see `derived_table`."""
 
-    Raises DataError when it can't be written, CorruptFile for broken shards.
-    """
-    entry = manifest.platform(platform)
-    name = fingerprint([_VERSION, asdict(config), entry.catalog.sha256, entry.shards.sha256])
-    path = manifest.files.derived(entry.catalog, f"neighbours-{name}")
-    size = 8 * config.sources * entry.items + 16 * (entry.items + 1) + _OVERHEAD
-    try:
-        if path.is_file():  # made before: `write` is not called
-            descriptor = manifest.files.make(path, size, lambda file: None)
-        else:
-            rows = find_neighbours(ShardReader(manifest, platform), entry.items, config)
-            descriptor = manifest.files.make(path, size, lambda file: write_neighbours(file, rows))
-    except OSError as error:
-        raise DataError(
-            f"{path}: can't write the neighbours ({error}); the prepared folder must be writable"
-        ) from error
-    try:
-        return read_neighbours(descriptor, config)
-    finally:
-        os.close(descriptor)
+    def make() -> pa.RecordBatch:
+        return as_batch(find_neighbours(ShardReader(manifest, platform), manifest.platform(platform).items, config))
+
+    return as_neighbours(derived_table(manifest, platform, "neighbours", [_VERSION, asdict(config)], make), config)
 
 
-def read_neighbours(descriptor: int, config: NeighbourConfig) -> ItemToItem:
-    """Map what `write_neighbours` wrote."""
-    table = map_arrow(descriptor).combine_chunks()
+def as_neighbours(table: pa.Table, config: NeighbourConfig) -> ItemToItem:
+    """What `as_batch` made, from a file of it."""
     target, weight = table.column("target").chunk(0), table.column("weight").chunk(0)
     return ItemToItem(target.offsets.to_numpy(), target.values.to_numpy(), weight.values.to_numpy(), recency(config))
 
 
-def write_neighbours(file: BinaryIO, rows: ItemToItem) -> None:
-    """An Arrow file with a list of targets and one of weights for each item."""
+def as_batch(rows: ItemToItem) -> pa.RecordBatch:
+    """A list of targets and one of weights for each item."""
     offset = pa.array(rows.offset_N)
     columns = [
         pa.LargeListArray.from_arrays(offset, pa.array(values), type=kind)
         for values, kind in zip((rows.item_E, rows.weight_E), _SCHEMA.types)
     ]
-    with pa.ipc.new_file(file, _SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 def find_neighbours(reader: ShardReader, items: int, config: NeighbourConfig) -> ItemToItem:

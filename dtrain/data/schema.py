@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-__all__ = ["CATALOG", "EVAL", "SAMPLE", "SHARDS"]
+__all__ = ["CATALOG", "DAY", "EVAL", "NO_DAY", "SAMPLE", "SHARDS"]
+
+DAY = 86_400  # seconds
+NO_DAY = -(2**31)  # the day of what has no time
 
 #: `catalog.arrow`, one row an item, ordered by item id. `count` is the item's number of training rows.
 CATALOG = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("count", pa.int64())])

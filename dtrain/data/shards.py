@@ -23,7 +23,7 @@ from dtrain.core.errors import CorruptFile, DataError
 from dtrain.core.storage import sha256_file, whole_file
 from dtrain.data.gather import Gathered, RaggedPool, Slots, interleaved
 from dtrain.data.manifest import Manifest
-from dtrain.data.schema import SAMPLE
+from dtrain.data.schema import DAY, NO_DAY, SAMPLE
 from dtrain.data.shardtable import BlockEntry, ShardEntry
 
 __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
@@ -32,7 +32,7 @@ __all__ = ["BLOCK_SAMPLES", "SHARD_SAMPLES", "ShardReader", "write_shard"]
 BLOCK_SAMPLES = 256
 SHARD_SAMPLES = 4096
 
-_POSITION: tuple[type[np.generic], ...] = (np.int32, np.int8, np.float32)  # item, event and weight
+_POSITION: tuple[type[np.generic], ...] = (np.int32, np.int8, np.float32, np.int32)  # item, event, weight and day
 
 
 def write_shard(path: Path, number: int, samples: pa.Table, *, relative: str, aside: Path | None = None) -> ShardEntry:
@@ -72,7 +72,7 @@ class ShardReader:
     """Random access to the training samples of one platform.
 
     `gather` keeps up to `cached_blocks` blocks unpacked in memory, where each takes about what it takes on disk less
-    its times. A block is read whole, and its digest checked, when it is opened. Safe to call from several threads.
+    half its times. A block is read whole, and its digest checked, when it is opened. Safe to call from several threads.
     """
 
     def __init__(self, manifest: Manifest, platform: str, *, cached_blocks: int = 32) -> None:
@@ -125,10 +125,12 @@ class ShardReader:
             self._unpack(slot, block)
             self._slots.fill(slot, block)
         slot_B = self._slots.find(block_B)
-        offset_B, (item_T, event_T, weight_T) = self._windows.take(slot_B, row_B)
+        offset_B, (item_T, event_T, weight_T, day_T) = self._windows.take(slot_B, row_B)
         letter_B, (letter_T,) = self._users.take(slot_B, row_B)
         user_B = _text(np.diff(letter_B), letter_T)
-        return Gathered(user_B=user_B, offset_B=offset_B, item_T=item_T, event_T=event_T, weight_T=weight_T)
+        return Gathered(
+            user_B=user_B, offset_B=offset_B, item_T=item_T, event_T=event_T, weight_T=weight_T, day_T=day_T
+        )
 
     def _locate(self, shard_B: np.ndarray, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the block among the platform's, row of the block) of each sample."""
@@ -145,10 +147,12 @@ class ShardReader:
         return block_B, start_B + row_B - self._start_of_block[block_B]
 
     def _unpack(self, slot: int, block: int) -> None:
-        user, *lists, _ = self._open_block(block).columns
+        user, *lists, time = self._open_block(block).columns
         offset_R, item_T = _ragged(lists[0], _POSITION[0])
-        others = [_ragged(column, dtype)[1] for column, dtype in zip(lists[1:], _POSITION[1:], strict=True)]
-        self._windows.put(slot, offset_R, [item_T, *others])
+        others = [_ragged(column, dtype)[1] for column, dtype in zip(lists[1:], _POSITION[1:-1], strict=True)]
+        known = not time.values.null_count
+        day_T = _ragged(time, np.int64)[1] // DAY if known else np.full(item_T.size, NO_DAY)
+        self._windows.put(slot, offset_R, [item_T, *others, day_T])
         offset_R, letter_T = _ragged(user, np.uint8)
         self._users.put(slot, offset_R, [letter_T])
 

@@ -71,6 +71,7 @@ class StepSamples:
     item_T: np.ndarray  # int32 catalogue rows, oldest first
     event_T: np.ndarray  # int8 event types
     weight_T: np.ndarray  # float32, above 0 where the position is a target
+    day_T: np.ndarray  # int32 UTC days since 1970, NO_DAY without times
 
 
 class Stream(Iterator[StepSamples]):
@@ -175,6 +176,7 @@ class Stream(Iterator[StepSamples]):
                 item_T=own.item_T,
                 event_T=own.event_T,
                 weight_T=own.weight_T,
+                day_T=own.day_T,
             )
             for plan, own in zip(plans, interleaved(gathered, count_SP), strict=True)
         ]

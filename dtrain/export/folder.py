@@ -4,7 +4,7 @@ config.json, model.safetensors, tokenizer files    the fine-tuned encoder
 modules.json, 1_Pooling/, sentence_bert_config.json   how SentenceTransformer pools it
 README.md, metrics.json                            the model card and the run's evaluation
 recommender/recommender.json, model.safetensors    the rest of the model and its config
-recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vector, bias, text vector
+recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vectors, bias, trend
 recommender/neighbours/PLATFORM.arrow              item-to-item weights, if the model goes with them
 """
 
@@ -25,7 +25,8 @@ from dtrain.core.comm import connect
 from dtrain.core.errors import ExportError
 from dtrain.core.storage import read_json, write_json, write_text
 from dtrain.core.world import World
-from dtrain.data.neighbours import write_neighbours
+from dtrain.data.derived import write_batch
+from dtrain.data.neighbours import as_batch
 from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
 from dtrain.export.target import export_folder
@@ -84,7 +85,7 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
     }
     save_file(weights, folder / "recommender" / "model.safetensors")
     shelves: dict[str, Tensor] = {}
-    for subject in subjects(opened.manifest, "test", opened.config.model.neighbours):
+    for subject in subjects(opened.manifest, "test", opened.config.model):
         shelf = open_shelf(model, text_NH, subject, torch.device("cpu"))
         write_platform(folder, subject, shelf)
         shelves[subject.name] = shelf.vector_ND
@@ -151,6 +152,8 @@ def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> None:
     }
     if shelf.text_NH is not None:
         columns["text_vector"] = _vectors(shelf.text_NH)
+    if shelf.trends is not None:
+        columns["trend"] = pa.array(shelf.trends.of(None)[0])
     table = pa.table(columns)
     items, neighbours = (folder / "recommender" / kind / f"{subject.name}.arrow" for kind in ("items", "neighbours"))
     items.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> None:
     if shelf.neighbours is not None:
         neighbours.parent.mkdir(exist_ok=True)
         with neighbours.open("wb") as file:
-            write_neighbours(file, shelf.neighbours)
+            write_batch(file, as_batch(shelf.neighbours))
 
 
 def _vectors(vector_ND: Tensor) -> pa.Array:

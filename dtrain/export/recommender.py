@@ -22,7 +22,8 @@ from dtrain.core.config import nearest
 from dtrain.core.errors import DataError
 from dtrain.core.storage import read_json
 from dtrain.data.evalset import Ragged
-from dtrain.data.neighbours import ItemToItem, NeighbourConfig, read_neighbours
+from dtrain.data.neighbours import NeighbourConfig, as_neighbours
+from dtrain.data.trends import TrendConfig, Trends
 from dtrain.model.build import build_model
 from dtrain.model.config import (
     AdapterConfig,
@@ -39,7 +40,7 @@ from dtrain.train.shelf import Shelf
 __all__ = ["FORMAT", "Item", "LoadedRecommender", "Platform", "load", "model_config", "open_platform"]
 
 #: Version of the folder's layout.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class LoadedRecommender:
         )[0]
         user_1D = user_D[None] / self._model.current_temperature()
         lists, mix = Ragged(np.asarray(rows), np.array([0, len(rows)])), self._model.blend.of(shelf.index)
-        score_N = shelf.scored.scorer(user_1D, lists, mix)(slice(0, 1))[0]
+        score_N = shelf.scored.scorer(user_1D, lists, None, mix)(slice(0, 1))[0]
         allowed = len(shelf.items)
         if exclude_seen:
             score_N[torch.tensor(rows)] = -torch.inf
@@ -211,6 +212,7 @@ def model_config(saved: dict[str, Any], encoder: Path) -> ModelConfig:
             "adapter": AdapterConfig(**saved["adapter"]),
             "freeze": FreezeConfig(**saved["freeze"]),
             "neighbours": NeighbourConfig(**saved["neighbours"]),
+            "trend": TrendConfig(**saved["trend"]),
             "blend": BlendConfig(**saved["blend"]),
         }
     )
@@ -219,12 +221,7 @@ def model_config(saved: dict[str, Any], encoder: Path) -> ModelConfig:
 
 def open_platform(root: Path, name: str, index: int, facts: dict[str, Any], saved: dict[str, Any]) -> Platform:
     """The platform of this number of the export folder `root`, by its own facts and the saved model config."""
-    path = root / "recommender" / "items" / f"{name}.arrow"
-    try:
-        with pa.memory_map(str(path)) as mapped:
-            table = pa.ipc.open_file(mapped).read_all().combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable ({error}); export the run again") from error
+    table = _table(root / "recommender" / "items" / f"{name}.arrow")
     items = table.column("item").to_pylist()
     near = NeighbourConfig(**saved["neighbours"])
     scored = Shelf(
@@ -233,12 +230,20 @@ def open_platform(root: Path, name: str, index: int, facts: dict[str, Any], save
         text_NH=_matrix(table, "text_vector") if saved["blend"]["texts"] else None,
         cold_C=torch.from_numpy(np.flatnonzero(table.column("count").to_numpy() == 0)),
         neighbours=(
-            _open_neighbours(root / "recommender" / "neighbours" / f"{name}.arrow", near) if near.enabled else None
+            as_neighbours(_table(root / "recommender" / "neighbours" / f"{name}.arrow"), near) if near.enabled else None
         ),
+        trends=_trends(table),
         last=saved["blend"]["texts"],
     )
     rows = {item: row for row, item in enumerate(items)}
     return Platform(index, list(facts["events"]), rows, items, table.column("text"), scored)
+
+
+def _trends(table: pa.Table) -> Trends | None:
+    """As the data ended. There are none of a platform without times."""
+    if "trend" not in table.column_names:
+        return None
+    return Trends(np.zeros(1, np.int64), table.column("trend").to_numpy().copy()[None])
 
 
 def _matrix(table: pa.Table, name: str) -> Tensor:
@@ -246,9 +251,9 @@ def _matrix(table: pa.Table, name: str) -> Tensor:
     return torch.from_numpy(flat.reshape(len(table), -1).copy())
 
 
-def _open_neighbours(path: Path, config: NeighbourConfig) -> ItemToItem:
+def _table(path: Path) -> pa.Table:
     try:
-        with path.open("rb") as file:
-            return read_neighbours(file.fileno(), config)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        with pa.memory_map(str(path)) as mapped:
+            return pa.ipc.open_file(mapped).read_all().combine_chunks()
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable ({error}); export the run again") from error

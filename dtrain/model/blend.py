@@ -1,8 +1,9 @@
 """What goes into a score beside the model's own, and at which weights.
 
-score = own + statistics * log(1 + near / NEAR) + texts * similarity, and for an item never seen in training a head
-start. All but the first follow from data or pretrained texts, so nothing of them is trained: their weights, a few
-numbers for each platform, are chosen on its valid split (`dtrain.train.blending`).
+score = own + statistics * log(1 + near / NEAR) + texts * similarity + trend * lift, and for an item never seen in
+training a head start (`near`: `dtrain.data.neighbours`; `lift`: `dtrain.data.trends`). All but the first follow from
+data or pretrained texts, so nothing of them is trained: their weights, a few numbers for each platform, are chosen on
+its valid split (`dtrain.train.blending`).
 
 Legend: b users, N items, P platforms, H hidden size of the text encoder, C cold items.
 """
@@ -29,6 +30,7 @@ class Mix:
 
     statistics: float = 0.0
     texts: float = 0.0
+    trend: float = 0.0
     cold_own: float = 1.0  # of the own score of a cold item, what is kept; the rest is the mean over cold items
     head_start: float = 0.0  # added to the score of a cold item, in nats
 
@@ -43,13 +45,16 @@ class Blend(Exact):
 
     statistics_P: Tensor
     texts_P: Tensor
+    trend_P: Tensor
     cold_own_P: Tensor
     head_start_P: Tensor
 
-    def __init__(self, config: BlendConfig, platforms: int) -> None:
+    def __init__(self, config: BlendConfig, platforms: int, *, trend: float = 0.0) -> None:
+        """`trend`: its weight in training, which is that in a score until one is chosen."""
         super().__init__()
         self.config = config
-        alone = Mix()
+        self.trend = trend
+        alone = Mix(trend=trend)
         for name in Mix.__slots__:
             self.register_buffer(f"{name}_P", torch.full((platforms,), getattr(alone, name)))
 

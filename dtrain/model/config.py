@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError
 from dtrain.data.neighbours import NeighbourConfig
+from dtrain.data.trends import TrendConfig
 
 __all__ = [
     "AdapterConfig",
@@ -93,7 +94,7 @@ class FreezeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendConfig:
-    """What goes into a score beside the model's own and item-to-item statistics (`neighbours`)."""
+    """What goes into a score beside the model's own, item-to-item statistics (`neighbours`) and `trend`."""
 
     texts: int = 5  # last items of a history whose texts an item's text is compared with; 0: none
     cold_cost: float = 0.01  # share of a platform's valid metric that a head start for items never trained on may cost
@@ -132,6 +133,7 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     neighbours: NeighbourConfig = field(default_factory=NeighbourConfig)
+    trend: TrendConfig = field(default_factory=TrendConfig)
     blend: BlendConfig = field(default_factory=BlendConfig)
 
     def __post_init__(self) -> None:

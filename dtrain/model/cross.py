@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtrain.data.batch import PairBatch, Pairs
 from dtrain.model.encoder import Encoder
-from dtrain.model.layers import Linear, recomputed
+from dtrain.model.layers import Linear, loss_sums
 from dtrain.model.objectives import pointwise_bce
 from dtrain.model.recommender import Gather, alone
 
@@ -28,15 +28,9 @@ class CrossEncoder(nn.Module):
     def forward(self, batch: PairBatch, gather: Gather = alone) -> Tensor:
         """Per-platform sums [P] (fp32) of weight * binary cross-entropy over this rank's pairs.
 
-        `gather` is unused: a pair's loss depends on no other pair. With several micro-batches the activations of one
-        live at a time.
+        `gather` is unused: a pair's loss depends on no other pair.
         """
-        platforms = len(batch.target_weight_P)
-        loss_P = torch.zeros(platforms, device=batch.target_weight_P.device)
-        for pairs in batch.pairs:
-            again = batch.recompute and len(batch.pairs) > 1
-            loss_P = loss_P + (recomputed(self._loss, pairs, platforms) if again else self._loss(pairs, platforms))
-        return loss_P
+        return loss_sums(self._loss, batch.pairs, len(batch.target_weight_P), recompute=batch.recompute)
 
     def _loss(self, pairs: Pairs, platforms: int) -> Tensor:
         loss_N = pointwise_bce(self._logits(pairs.ids_NT, pairs.mask_NT, pairs.type_NT), pairs.label_N)

@@ -9,7 +9,7 @@ Legend: N rows, D vector size, R adapter rank, P platforms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-__all__ = ["Linear", "PlatformAdapters", "Temperature", "recomputed", "unit"]
+__all__ = ["Linear", "PlatformAdapters", "Temperature", "loss_sums", "recomputed", "unit"]
 
 
 def unit(x_ND: Tensor) -> Tensor:
@@ -29,6 +29,16 @@ def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """`function(*args)` whose activations are made again in backward instead of being kept."""
     result: Tensor = torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
     return result
+
+
+def loss_sums(loss: Callable[..., Tensor], parts: Sequence[Any], platforms: int, *, recompute: bool) -> Tensor:
+    """The sum of `loss(part, platforms)`, [P] each, over micro-batches whose losses don't depend on each other.
+
+    With `recompute` and several of them, the activations of one live at a time.
+    """
+    again = recompute and len(parts) > 1
+    terms = [recomputed(loss, part, platforms) if again else loss(part, platforms) for part in parts]
+    return torch.stack(terms).sum(0)
 
 
 class Linear(nn.Linear):

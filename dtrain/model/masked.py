@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import MaskedBatch, MaskedTexts
 from dtrain.model.encoder import Encoder
-from dtrain.model.layers import Linear, recomputed
+from dtrain.model.layers import Linear, loss_sums
 from dtrain.model.recommender import Gather, alone
 
 __all__ = ["MaskedModel"]
@@ -38,15 +38,9 @@ class MaskedModel(nn.Module):
     def forward(self, batch: MaskedBatch, gather: Gather = alone) -> Tensor:
         """Per-platform sums [P] (fp32) of the negative log likelihood, in nats, of the tokens to be told.
 
-        `gather` is unused: a text's loss depends on no other text. With several micro-batches the activations of one
-        live at a time.
+        `gather` is unused: a text's loss depends on no other text.
         """
-        platforms = len(batch.target_weight_P)
-        loss_P = torch.zeros(platforms, device=batch.target_weight_P.device)
-        for texts in batch.texts:
-            again = batch.recompute and len(batch.texts) > 1
-            loss_P = loss_P + (recomputed(self._loss, texts, platforms) if again else self._loss(texts, platforms))
-        return loss_P
+        return loss_sums(self._loss, batch.texts, len(batch.target_weight_P), recompute=batch.recompute)
 
     def _loss(self, texts: MaskedTexts, platforms: int) -> Tensor:
         logit_MV = self._logits(texts)

@@ -20,20 +20,23 @@ def info_nce(
     scale: Tensor | float = 1.0,
     bias_C: Tensor | None = None,
     log_q_C: Tensor | None = None,
+    offset_TC: Tensor | None = None,
     group_C: Tensor | None = None,
 ) -> Tensor:
     """Negative log likelihood [T] (fp32, nats) of candidate `target_T` for each query.
 
-    The logit of candidate c is `scale * query . candidate_c + bias_c - log_q_c` (InfoNCE, van den Oord et al. 2018;
-    `log_q_C`, the log probability that c is a candidate, corrects for sampling by popularity, Bengio & Senecal 2008,
-    Yi et al. 2019; it is subtracted from the target's logit too). `group_C` int64: candidates of the target's group
-    other than the target itself are left out of its denominator. Candidates must be distinct items. Computed in
-    fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats.
+    The logit of candidate c is `scale * query . candidate_c + bias_c + offset_tc - log_q_c` (InfoNCE, van den Oord et
+    al. 2018; `log_q_C`, the log probability that c is a candidate, corrects for sampling by popularity, Bengio &
+    Senecal 2008, Yi et al. 2019; it is subtracted from the target's logit too). `group_C` int64: candidates of the
+    target's group other than the target itself are left out of its denominator. Candidates must be distinct items.
+    Computed in fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats.
     """
     with torch.autocast(query_TD.device.type, enabled=False):
         logits_TC = (query_TD.float() * scale) @ candidate_CD.float().T
         if bias_C is not None:
             logits_TC = logits_TC + bias_C.float()
+        if offset_TC is not None:
+            logits_TC = logits_TC + offset_TC
         if log_q_C is not None:
             logits_TC = logits_TC - log_q_C.float()
         if group_C is not None:

@@ -52,7 +52,7 @@ class Recommender(nn.Module):
         self.user = UserEncoder(config, event_counts) if config.user.layers else LastItem(config)
         self.temperature = Temperature(objective.temperature, learned=objective.learned_temperature)
         self.memory = Memory(items, encoder.hidden) if config.memory else None
-        self.blend = Blend(config.blend, len(event_counts))
+        self.blend = Blend(config.blend, len(event_counts), trend=config.trend.weight)
 
     def forward(self, batch: StepBatch, gather: Gather = alone) -> Tensor:
         """Per-platform sums [P] (fp32) of weight * negative log likelihood over this rank's targets.
@@ -117,6 +117,7 @@ class Recommender(nn.Module):
         if self.objective.normalize:
             user_TD = unit(user_TD)
         target_T, weight_T = chunk.target_BL.flatten()[at_T], chunk.weight_BL.flatten()[at_T].float()
+        lift_T = chunk.lift_BL.flatten()[at_T]
         block_T = chunk.block_B[history_T]
         loss_P = torch.zeros(len(batch.target_weight_P), device=user_TD.device) + user_TD[:0].sum()
         for index in torch.unique(block_T).tolist():
@@ -131,6 +132,7 @@ class Recommender(nn.Module):
                 scale=scale,
                 bias_C=bias_U[block.candidate_C],
                 log_q_C=block.log_q_C if self.objective.logq else None,
+                offset_TC=None if block.lift_DC is None else block.lift_DC[lift_T[here]],
                 group_C=batch.table.text_group_U[block.candidate_C],
             )
             platform = torch.tensor([block.platform], device=user_TD.device)

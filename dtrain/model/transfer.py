@@ -25,6 +25,7 @@ __all__ = ["PlatformSize", "is_own", "take_over"]
 _OWN = (
     (re.compile(r"items\.(id|bias)\.weight"), "item"),
     (re.compile(r"(items|user)\.adapter\.\w+|blend\.(statistics|cold_own|head_start)_P"), "platform"),
+    (re.compile(r"blend\.trend_P"), "trend"),
     (re.compile(r"user\.event\.weight"), "event"),
     (re.compile(r"blend\.texts_P"), "texts"),
     (re.compile(r"user\.blocks\.\d+\.attention\.distance\.weight"), "distance"),
@@ -65,9 +66,9 @@ def take_over(
     """Fill a newly built `model` of the platforms `new` with weights that were trained on the platforms `old`.
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
-    (adapters that add nothing, id vectors and biases of zero), event vectors of zero, and for attention biases and the
-    weight of texts the mean over `old`. Memory is left alone. `temperature` is the one that those weights began with.
-    Raises ConfigError, naming `whose` they are, where shapes differ.
+    (adapters that add nothing, id vectors and biases of zero), event vectors and a weight of the trend of zero, and for
+    attention biases and the weight of texts the mean over `old`. Memory is left alone. `temperature` is the one that
+    those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
     _check_names(parameters.keys(), saved["master"], whose)
@@ -100,7 +101,7 @@ def _take_rows(
             part.copy_(before[name])
         elif unit in ("distance", "texts"):
             part.copy_(torch.stack(parts).mean(0))
-        elif unit == "event":
+        elif unit in ("event", "trend"):
             part.zero_()
 
 

@@ -1,4 +1,4 @@
-"""Choosing, for each platform, what statistics, texts and a head start weigh beside the model's own score.
+"""Choosing, for each platform, what statistics, texts, trend and a head start weigh beside the model's own score.
 
 Legend: B users, K candidates.
 """
@@ -20,14 +20,15 @@ from dtrain.train.shelf import Shelf, open_shelf
 from dtrain.train.subjects import Subject, shared
 from dtrain.train.vectors import encode_users
 
-__all__ = ["HEAD_STARTS", "STATISTICS", "TEXTS", "encoded_users", "fit_blend", "with_head_start"]
+__all__ = ["HEAD_STARTS", "STATISTICS", "TEXTS", "TRENDS", "encoded_users", "fit_blend", "with_head_start"]
 
 #: Weights that are tried; a head start is in nats.
 STATISTICS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+TRENDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 TEXTS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 HEAD_STARTS = tuple(0.5 * step for step in range(17))
 
-_ROUNDS = 2  # of statistics and texts in turn
+_ROUNDS = 2  # of statistics, texts and trend in turn
 _USERS = 2048  # of a platform's valid users, at most
 
 #: Ranks of the targets, int64 [B, K], at each of some weights.
@@ -52,8 +53,8 @@ def fit_blend(
 ) -> None:
     """Give the model each platform's weights. A collective call.
 
-    Statistics and texts in turn get the weight at which the mean of 1 / log2(1 + rank) is best: NDCG of the whole
-    ranking, which is less noisy than of its top. Then items that never occurred in training get the head start, and
+    Statistics, texts and trend in turn get the weight at which the mean of 1 / log2(1 + rank) is best: NDCG of the
+    whole ranking, in which every user has a say. Then items that never occurred in training get the head start, and
     keep of their own score all or nothing, that rank cold targets best while `metric` of all users loses no more than
     the share `model.blend.cold_cost`. `platforms` are of the valid split; `max_users` bounds the users of each that are
     looked at (0: all), and so does _USERS.
@@ -64,7 +65,7 @@ def fit_blend(
             continue
         shelf = open_shelf(model, text_NH, subject, comm.device)
         ranks_of = _ranks_of(model, shelf, subject, comm, most)
-        mix = _by_turns(ranks_of, Mix(), shelf)
+        mix = _by_turns(ranks_of, Mix(trend=model.blend.trend if shelf.trends else 0.0), shelf)
         cold_B = subject.catalog.counts[subject.users.targets[:most]] == 0
         if cold_B.any():  # else nothing says that anybody wants such items
             mix = with_head_start(ranks_of, mix, cold_B, metric, model.blend.config.cold_cost)
@@ -79,10 +80,10 @@ def _ranks_of(model: Recommender, shelf: Shelf, subject: Subject, comm: Comm, mo
             key = (share.start, share.stop)
             if key not in vectors:
                 vectors[key] = encoded_users(model, shelf, subject, share)
-            histories, target_B = users.histories[share], users.targets[share]
+            histories, target_B, day_B = users.histories[share], users.targets[share], subject.days(share)
             found = np.empty((len(target_B), len(mixes)), dtype=np.int64)
             for rows in blocks(len(target_B), subject.items, BLOCK_BYTES):
-                parts = shelf.parts(vectors[key][rows], histories[rows])
+                parts = shelf.parts(vectors[key][rows], histories[rows], None if day_B is None else day_B[rows])
                 for k, mix in enumerate(mixes):
                     found[rows, k] = ranks_in_block(parts.mixed(mix), target_B[rows], histories[rows], first=rows.start)
             return found
@@ -98,6 +99,7 @@ def _by_turns(ranks_of: RanksOf, mix: Mix, shelf: Shelf) -> Mix:
         for name, weights, there in (
             ("statistics", STATISTICS, shelf.neighbours is not None),
             ("texts", TEXTS, shelf.text_NH is not None),
+            ("trend", TRENDS, shelf.trends is not None),
         ):
             if there:
                 mixes = [replace(mix, **{name: weight}) for weight in weights]

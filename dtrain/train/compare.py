@@ -25,15 +25,13 @@ from dtrain.core.fingerprint import seed_of
 from dtrain.core.storage import write_json
 from dtrain.core.text import aligned
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
-from dtrain.train.metrics import gains
+from dtrain.train.metrics import COMPARED, gains
 from dtrain.train.ranks import KeptRanks, read_ranks, weights_of
 from dtrain.train.report import write_report
 from dtrain.train.runfiles import RunFiles
 from dtrain.train.table import number
 
-__all__ = ["METRICS", "compare_runs", "render_comparison", "verdict"]
-
-METRICS = ("ndcg@10", "recall@10")
+__all__ = ["compare_runs", "render_comparison", "verdict"]
 
 
 def compare_runs(
@@ -70,13 +68,13 @@ def render_comparison(found: Mapping[str, Any]) -> str:
     behind: dict[str, None] = {}
     for other in found["others"]:
         for name, block in other["platforms"].items():
-            for metric in METRICS:
+            for metric in COMPARED:
                 values = block[metric]
                 lead = values["difference"]
                 bounds = f"[{number(lead['low'], signed=True)}, {number(lead['high'], signed=True)}]"
                 cells = [number(values["run"]), number(values["other"]), number(lead["mean"], signed=True), bounds]
                 rows.append([name, other["run"], f"{block['users']:,}", metric, *cells, values["verdict"]])
-            if block[METRICS[0]]["verdict"] == "behind":
+            if block[COMPARED[0]]["verdict"] == "behind":
                 behind[f"{name} ({other['run']})"] = None
     title = f"{found['run']}, step {found['step']}, on {found['split']}, ranked among: {found['ranked']}"
     missing = [f"{other['run']} has no {', '.join(other['lacks'])}" for other in found["others"] if other["lacks"]]
@@ -153,7 +151,7 @@ def _platform(
     if not len(rank_B):
         raise DataError(f"{platform}: no user that both runs ranked; {name} was prepared with another key of user ids")
     block: dict[str, Any] = {"users": len(rank_B), **ours.platforms[platform]}
-    for metric in METRICS:
+    for metric in COMPARED:
         gain_B, base_B = gains(rank_B, metric), gains(other_B, metric)
         interval = paired_bootstrap(gain_B - base_B, seed=seed_of(seed, platform, metric), resamples=resamples)
         assert interval is not None

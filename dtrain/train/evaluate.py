@@ -20,18 +20,17 @@ from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
 from dtrain.data.manifest import Manifest
-from dtrain.data.neighbours import NeighbourConfig
+from dtrain.model.config import ModelConfig
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import count_transitions, popularity, zero_shot
 from dtrain.train.blending import encoded_users
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
-from dtrain.train.metrics import Metrics, aggregates, gains
+from dtrain.train.metrics import COMPARED, Metrics, aggregates, gains
 from dtrain.train.ranking import BLOCK_BYTES, history_scorer
 from dtrain.train.shelf import open_shelf
 from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, split_metrics, subjects
 
 __all__ = [
-    "COMPARED",
     "EvaluateConfig",
     "evaluate",
     "model_scorer",
@@ -41,9 +40,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("dtrain")
-
-#: Metrics whose difference to each baseline gets an interval.
-COMPARED = ("ndcg@10", "recall@10")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +67,9 @@ class EvaluateConfig:
 def model_scorer(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> ScorerOf:
     """Scorers for slices of a platform's users, from the text vectors of all platforms' items."""
     shelf, mix = open_shelf(model, text_NH, subject, device), model.blend.of(subject.number)
-    return lambda share: shelf.scorer(encoded_users(model, shelf, subject, share), subject.users.histories[share], mix)
+    return lambda share: shelf.scorer(
+        encoded_users(model, shelf, subject, share), subject.users.histories[share], subject.days(share), mix
+    )
 
 
 def validate(
@@ -96,16 +94,16 @@ def evaluate(
     manifest: Manifest,
     comm: Comm,
     config: EvaluateConfig,
-    neighbours: NeighbourConfig | None = None,
+    beside: ModelConfig | None = None,
     keep: Callable[[Subject, np.ndarray], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """The content of metrics.json: every platform's metrics, slices, baselines and intervals, and the aggregates.
 
     `model` in eval mode with whole weights; `text_NH` the text vectors of all items, `plain_NH` those of the pretrained
-    encoder (see `baselines.untuned_encoder`); `keep` is given the model's ranks of each platform's users. Values are
-    floats, or None for a slice without users; never NaN.
+    encoder (see `baselines.untuned_encoder`); `beside`: with the statistics that this config asks for; `keep` is given
+    the model's ranks of each platform's users. Values are floats, or None for a slice without users; never NaN.
     """
-    platforms = subjects(manifest, config.split, neighbours)
+    platforms = subjects(manifest, config.split, beside)
     report: dict[str, Any] = {}
     for subject in platforms:
         began = time.perf_counter()

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["METRICS", "SHORT_HISTORY", "Metrics", "aggregates", "gains", "slices", "summary"]
+__all__ = ["COMPARED", "METRICS", "SHORT_HISTORY", "Metrics", "aggregates", "gains", "slices", "summary"]
 
 #: Metric names, in the order of every table. With a single relevant item the ideal DCG is 1, so NDCG@k of a user is
 #: 1 / log2(1 + rank) within the first k (Järvelin & Kekäläinen 2002), recall@k is 0 or 1, MRR is the mean of 1 / rank.
 METRICS = ("recall@10", "recall@50", "ndcg@10", "ndcg@50", "mrr")
+
+#: Metrics whose difference between two models gets an interval.
+COMPARED = ("ndcg@10", "recall@10")
 
 #: A history of at most this many items is a short one.
 SHORT_HISTORY = 5

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.storage import read_json, read_jsonl, write_text
-from dtrain.train.metrics import METRICS
+from dtrain.train.metrics import COMPARED, METRICS
 from dtrain.train.plots import Bar, Series, bar_chart, line_chart
 from dtrain.train.runfolder import read_timeline
 from dtrain.train.table import number
@@ -202,7 +202,7 @@ def _compared(comparison: Mapping[str, Any]) -> list[str]:
     rows = []
     for other in comparison["others"]:
         for name, block in other["platforms"].items():
-            for metric in ("ndcg@10", "recall@10"):
+            for metric in COMPARED:
                 values, lead = block[metric], block[metric]["difference"]
                 ours = values["run"]
                 if metric == "ndcg@10":

@@ -44,8 +44,8 @@ def open_retrievers(
         )
     cells = opened.config.evaluate.batch_tokens
     text_NH = catalog_vectors(model.encoder, manifest, opened.inputs.caches, comm, batch_tokens=cells, keep=False)
-    with_neighbours = subjects(manifest, platforms[0].split, opened.config.model.neighbours)
-    return Path(run).name, {s.name: model_scorer(model, text_NH, s, comm.device) for s in with_neighbours}
+    whole = subjects(manifest, platforms[0].split, opened.config.model)
+    return Path(run).name, {s.name: model_scorer(model, text_NH, s, comm.device) for s in whole}
 
 
 def reranker_of(model: nn.Module, inputs: Inputs, config: RunConfig, comm: Comm) -> Reranker:

@@ -101,9 +101,7 @@ def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm, ranks: R
     untuned = untuned_encoder(config.model.encoder, comm.device)
     plain_NH = catalog_vectors(untuned, *data, batch_tokens=cells, keep=True, what="texts with the untuned encoder")
     text_NH = catalog_vectors(model.encoder, *data, batch_tokens=cells, keep=False)
-    return evaluate(
-        model, text_NH, plain_NH, opened.manifest, comm, config.evaluate, config.model.neighbours, ranks.add
-    )
+    return evaluate(model, text_NH, plain_NH, opened.manifest, comm, config.evaluate, config.model, ranks.add)
 
 
 def _reranker_metrics(opened: OpenRun, comm: Comm, ranks: Ranks) -> dict[str, Any]:

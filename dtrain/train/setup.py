@@ -19,6 +19,7 @@ from dtrain.core.fingerprint import seed_of
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import open_neighbours
+from dtrain.data.trends import open_trends
 from dtrain.model.build import build_cross_encoder, build_masked_model, build_model
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
@@ -70,9 +71,13 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
     for turn in (True, False):  # one rank of each machine fetches and makes what is missing, then the others find them
         if (comm.world.local_rank == 0) == turn:
             manifest.files.ready([platform.catalog for platform in manifest.platforms.values()])
-            items = Items.open(manifest, tokenizer, config.batch.text_tokens)
-            if config.model.neighbours.enabled and config.train.task == "recommend":
-                for platform in manifest.platforms:
+            recommends = config.train.task == "recommend"
+            items = Items.open(
+                manifest, tokenizer, config.batch.text_tokens, config.model.trend if recommends else None
+            )
+            for platform in manifest.platforms if recommends else ():
+                open_trends(manifest, platform, config.model.trend)  # evaluation's, where training goes without
+                if config.model.neighbours.enabled:
                     open_neighbours(manifest, platform, config.model.neighbours)
         comm.barrier()
     assert items is not None

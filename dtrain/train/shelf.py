@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import ItemToItem
+from dtrain.data.trends import Trends
 from dtrain.model.blend import Mix, log_near
 from dtrain.model.layers import unit
 from dtrain.model.recommender import Recommender
-from dtrain.train.ranking import Scorer, history_scorer
+from dtrain.train.ranking import Scorer, dot_scorer, history_scorer
 from dtrain.train.subjects import Subject
 from dtrain.train.vectors import item_vectors
 
-__all__ = ["Parts", "Shelf", "open_shelf", "text_units"]
+__all__ = ["Parts", "Shelf", "open_shelf"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,7 @@ class Parts:
     own_bN: Tensor
     statistics_bN: Tensor | None
     texts_bN: Tensor | None
+    trend_bN: Tensor | None  # or [1, N]
     cold_C: Tensor
 
     def mixed(self, mix: Mix) -> Tensor:
@@ -39,7 +41,11 @@ class Parts:
             cold_bC = score_bN[:, self.cold_C]
             level_b1 = cold_bC.mean(1, keepdim=True) * (1 - mix.cold_own) + mix.head_start
             score_bN[:, self.cold_C] = cold_bC * mix.cold_own + level_b1
-        for part_bN, weight in ((self.statistics_bN, mix.statistics), (self.texts_bN, mix.texts)):
+        for part_bN, weight in (
+            (self.statistics_bN, mix.statistics),
+            (self.texts_bN, mix.texts),
+            (self.trend_bN, mix.trend),
+        ):
             if part_bN is not None and weight:
                 score_bN.add_(part_bN, alpha=weight)
         return score_bN
@@ -51,30 +57,40 @@ class Shelf:
 
     vector_ND: Tensor  # fp32
     bias_N: Tensor  # fp32
-    text_NH: Tensor | None  # fp32, of length 1; what texts are compared by
+    text_NH: Tensor | None  # fp32, standardized and of length 1; what texts are compared by
     cold_C: Tensor  # int64 rows of the items that never occur in training
     neighbours: ItemToItem | None
+    trends: Trends | None
     last: int  # items of a history whose texts are compared
 
-    def parts(self, user_bD: Tensor, histories: Ragged, mix: Mix | None = None) -> Parts:
+    def parts(
+        self, user_bD: Tensor, histories: Ragged, day_b: np.ndarray | None = None, mix: Mix | None = None
+    ) -> Parts:
         """The parts of the scores of users with these vectors, divided by the temperature, and histories of rows.
 
-        With `mix` only those that it gives a weight.
+        `day_b`: of the requests; None: after all data. With `mix` only parts that it gives a weight.
         """
         statistics = self.neighbours if mix is None or mix.statistics else None
         texts = self.text_NH if mix is None or mix.texts else None
+        trends = self.trends if mix is None or mix.trend else None
         near_bN = None if statistics is None else history_scorer(statistics, histories)(slice(0, len(histories)))
-        own_bN = torch.addmm(self.bias_N, user_bD, self.vector_ND.T)
+        own_bN = dot_scorer(user_bD, self.vector_ND, self.bias_N)(slice(0, len(user_bD)))
         return Parts(
             own_bN=own_bN,
             statistics_bN=None if near_bN is None else log_near(near_bN).to(own_bN),
             texts_bN=None if texts is None else _profile(texts, histories, self.last) @ texts.T,
+            trend_bN=None if trends is None else torch.from_numpy(trends.of(day_b)).to(own_bN),
             cold_C=self.cold_C,
         )
 
-    def scorer(self, user_BD: Tensor, histories: Ragged, mix: Mix) -> Scorer:
+    def scorer(self, user_BD: Tensor, histories: Ragged, day_B: np.ndarray | None, mix: Mix) -> Scorer:
         """The scorer at these weights; see `parts`."""
-        return lambda rows: self.parts(user_BD[rows], histories[rows], mix).mixed(mix)
+
+        def score(rows: slice) -> Tensor:
+            day_b = None if day_B is None else day_B[rows]
+            return self.parts(user_BD[rows], histories[rows], day_b, mix).mixed(mix)
+
+        return score
 
 
 def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: torch.device) -> Shelf:
@@ -90,19 +106,14 @@ def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: to
     )
     last = model.blend.config.texts
     return Shelf(
-        vector_ND=vector_ND.float(),
-        bias_N=bias_N.float(),
-        text_NH=text_units(model, own_NH.to(device)) if last else None,
+        vector_ND=vector_ND,
+        bias_N=bias_N,
+        text_NH=unit(model.items.standardize(own_NH.to(device))) if last else None,
         cold_C=torch.from_numpy(np.flatnonzero(subject.catalog.counts == 0)).to(device),
         neighbours=subject.neighbours,
+        trends=subject.trends,
         last=last,
     )
-
-
-@torch.no_grad()
-def text_units(model: Recommender, text_NH: Tensor) -> Tensor:
-    """Standardized text vectors of length 1."""
-    return unit(model.items.standardize(text_NH))
 
 
 def _profile(text_NH: Tensor, histories: Ragged, last: int) -> Tensor:

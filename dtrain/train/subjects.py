@@ -15,7 +15,9 @@ from dtrain.core.errors import TrainError
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
-from dtrain.data.neighbours import ItemToItem, NeighbourConfig, open_neighbours
+from dtrain.data.neighbours import ItemToItem, open_neighbours
+from dtrain.data.trends import Trends, open_trends
+from dtrain.model.config import ModelConfig
 from dtrain.train.metrics import SHORT_HISTORY, Metrics, slices
 from dtrain.train.ranking import BLOCK_BYTES, Scorer, rank_targets
 
@@ -36,7 +38,8 @@ class Subject:
     split_fingerprint: str
     catalog: Catalog
     users: EvalSet
-    neighbours: ItemToItem | None = None  # statistics that the model's score goes with
+    neighbours: ItemToItem | None = None  # what the model's score goes with, if it is evaluated
+    trends: Trends | None = None
 
     @property
     def items(self) -> int:
@@ -47,6 +50,10 @@ class Subject:
         """Its items among those of all platforms."""
         return slice(self.first_row, self.first_row + self.items)
 
+    def days(self, share: slice) -> np.ndarray | None:
+        """The days of the requests of a slice of its users."""
+        return None if self.users.days is None else self.users.days[share]
+
     def slices(self, rank_B: np.ndarray) -> dict[str, Metrics]:
         """Metrics of the first users, whose ranks these are: all (under the split's name), cold and short."""
         users = slice(0, len(rank_B))
@@ -55,10 +62,10 @@ class Subject:
         return slices(rank_B, cold_B, short_B, self.split)
 
 
-def subjects(manifest: Manifest, split: str, neighbours: NeighbourConfig | None = None) -> list[Subject]:
+def subjects(manifest: Manifest, split: str, model: ModelConfig | None = None) -> list[Subject]:
     """Open every platform's catalogue and "valid" or "test" set, in the order of the manifest.
 
-    `neighbours`: with these statistics, made where they are missing, unless they are not enabled.
+    `model`: with the statistics that it asks for, made where they are missing.
     """
     found: list[Subject] = []
     first_row = 0
@@ -71,7 +78,10 @@ def subjects(manifest: Manifest, split: str, neighbours: NeighbourConfig | None 
             split_fingerprint=entry.split_fingerprint,
             catalog=Catalog.open(manifest, name),
             users=EvalSet.open(manifest, name, split),
-            neighbours=open_neighbours(manifest, name, neighbours) if neighbours and neighbours.enabled else None,
+            neighbours=open_neighbours(manifest, name, model.neighbours)
+            if model and model.neighbours.enabled
+            else None,
+            trends=open_trends(manifest, name, model.trend) if model else None,
         )
         found.append(subject)
         first_row += subject.items

@@ -29,20 +29,16 @@ _KEY = 1  # the same tokens are hidden in every validation
 def telling(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
     """A collective function: "accuracy" of each platform, the share of hidden tokens that are the likeliest ones."""
     items, masker = inputs.items, Masker(inputs.items, inputs.tokenizer, config.batch.masked)
-    texts: dict[str, list[MaskedTexts]] = {}
-    for number, (name, rows) in enumerate(zip(items.platforms, held_out(items))):
-        rows = rows[: min(len(rows), config.train.valid_users or _TEXTS, _TEXTS)]
-        cells = int(items.length_I[rows].sum())
-        count = max(1, -(-cells // config.evaluate.batch_tokens))
-        keys = hash64(_KEY, rows) >> np.uint64(1)
-        made = masker.batches(rows, keys, np.full(len(rows), number), count) if len(rows) else []
-        texts[name] = [MaskedTexts(**{field: torch.from_numpy(a) for field, a in part.items()}) for part in made]
-
-    parts = [(number, part) for number, parts in enumerate(texts.values()) for part in parts]
+    parts: list[tuple[int, MaskedTexts]] = []  # the platform's number, and texts of it
+    for number, held in enumerate(held_out(items)):
+        rows = held[: min(config.train.valid_users or _TEXTS, _TEXTS)]
+        count = -(-int(items.length_I[rows].sum()) // config.evaluate.batch_tokens)
+        for made in masker.batches(rows, hash64(_KEY, rows), np.full(len(rows), number), count) if count else []:
+            parts.append((number, MaskedTexts(**{name: torch.from_numpy(array) for name, array in made.items()})))
 
     def run(model: nn.Module) -> Mapping[str, Metrics]:
         assert isinstance(model, MaskedModel)
-        found, size = np.zeros((len(texts), 2)), comm.world.size
+        found, size = np.zeros((len(items.platforms), 2)), comm.world.size
         for head in range(0, len(parts), size):  # equally many calls of the model on every rank, which ZeRO-3 needs
             number, part = parts[min(head + comm.world.rank, len(parts) - 1)]
             told_M = model.told(to_device(part, comm.device))
@@ -51,7 +47,7 @@ def telling(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Modul
         told_P, all_P = comm.sum(found.ravel()).reshape(found.shape).T
         return {
             name: {"users": int(count), "accuracy": float(told / count)}
-            for name, told, count in zip(texts, told_P, all_P)
+            for name, told, count in zip(items.platforms, told_P, all_P)
             if count
         }
 

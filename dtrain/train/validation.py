@@ -45,7 +45,7 @@ def _retriever(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Mo
 
     What goes with the model's own score is weighed first, and the weights go into the model.
     """
-    platforms = subjects(inputs.manifest, "valid", config.model.neighbours)
+    platforms = subjects(inputs.manifest, "valid", config.model)
     caches = [inputs.caches[subject.name] for subject in platforms]
 
     def rank(model: nn.Module) -> Mapping[str, Metrics]:
