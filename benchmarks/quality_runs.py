@@ -165,7 +165,7 @@ def rank_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, An
             model.encoder, opened.manifest, opened.inputs.caches, comm, batch_tokens=cells, keep=False
         )
         for split in SPLITS:
-            for subject in subjects(opened.manifest, split, opened.config.model.neighbours):
+            for subject in subjects(opened.manifest, split, opened.config.model):
                 scorer_of = model_scorer(model, text_NH, subject, comm.device)
                 ranks.setdefault(subject.name, {})[split] = shared_ranks(subject, scorer_of, comm)
     return ranks

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.peers.neighbours import itemknn, transitions
+from benchmarks.peers.neighbours import itemknn, recent, transitions
 from benchmarks.peers.registry import Peer, search, tune
 from benchmarks.peers.sasrec import SasRec, SasRecConfig, epoch_batches, train_sasrec
 from benchmarks.peers.side import ALONE, Side
@@ -26,11 +26,13 @@ from benchmarks.quality_page import render, write_page
 from benchmarks.quality_runs import Recipe, model_job, run_model
 from benchmarks.quality_stats import Numbers, Plan, ratio_interval
 from dtrain.data.evalset import Ragged
+from dtrain.data.trends import TrendConfig
 from dtrain.model.config import EncoderConfig
 from dtrain.train import baselines
 from dtrain.train.metrics import gains
 from dtrain.train.ranking import history_scorer
 from tests.eval_toys import prepared, train_counts
+from tests.test_trends import interactions, lift_by_hand, span
 from tests.train_toys import run_config
 
 ENCODER = EncoderConfig(name="somewhere/encoder")
@@ -53,7 +55,7 @@ def ragged(*lists: list[int]) -> Ragged:
 
 def made(train: Ragged, targets: list[int], texts: list[str], vectors: Any = None) -> Any:
     """A side without files: valid and test are the same users."""
-    users = SimpleNamespace(histories=train, targets=np.array(targets))
+    users = SimpleNamespace(histories=train, targets=np.array(targets), days=None)
     users_of = type("Users", (), {"__len__": lambda self: len(targets), **vars(users)})()
     return Side(
         name="toy",
@@ -75,14 +77,14 @@ def test_itemknn_is_the_weighted_cosine_of_the_history() -> None:
     side = made(train, [3, 2, 0], ["a"] * 4)
     cosine = {"decay": 0.0, "last": 0, "source": 0.5, "target": 0.5}
     history = ragged([0, 2], [3])
-    found = scores(itemknn(side)(cosine, history), history)
+    found = scores(itemknn(side)(cosine, history, None), history)
     by_hand = [
         [1 / math.sqrt(2), 2 / math.sqrt(6) + 1 / math.sqrt(3), 1 / math.sqrt(2), 0.0],
         [0.0, 1 / math.sqrt(3), 0.0, 0.0],
     ]
     np.testing.assert_allclose(found, by_hand, rtol=1e-6)
     tuned = {"decay": 1.0, "last": 2, "source": 1.0, "target": 0.0}
-    found = scores(itemknn(side)(tuned, history), history)
+    found = scores(itemknn(side)(tuned, history, None), history)
     np.testing.assert_allclose(found[0], [1.0, 1.0 + 0.5 * 2 / 2, 0.5 * 1 / 2, 0.0], rtol=1e-6)
 
 
@@ -94,7 +96,7 @@ def test_itemknn_scores_the_same_from_a_sparse_and_a_dense_matrix(monkeypatch: p
     found = []
     for dense in (0.0, 1.0):
         monkeypatch.setattr("benchmarks.peers.neighbours._DENSE", dense)
-        found.append(scores(itemknn(side)(params, train), train))
+        found.append(scores(itemknn(side)(params, train, None), train))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
@@ -104,8 +106,22 @@ def test_untuned_transitions_are_the_products_own_baseline(tmp_path: Path) -> No
     table = baselines.count_transitions(side.manifest, "left", train_counts("left"), ALONE)
     own = history_scorer(table, users.histories)
     params = {"decay": 1.0, "last": 10, "source": 1.0, "target": 0.0}
-    found = scores(transitions(side)(params, users.histories), users.histories)
+    found = scores(transitions(side)(params, users.histories, None), users.histories)
     np.testing.assert_allclose(found, scores(own, users.histories), rtol=1e-5)
+
+
+def test_popularity_of_late_is_of_what_was_wanted_before_the_day(tmp_path: Path) -> None:
+    side = Side.open(prepared(tmp_path), "left", ENCODER, tmp_path)
+    users, params = side.users["test"], {"days": 4.0, "prior": 2.0}
+    assert users.days is not None
+    found = scores(recent(side)(params, users.histories, users.days), users.histories)
+    usual = np.bincount([item for _, item in interactions("left")], minlength=side.items)
+    wanted, end = np.flatnonzero(usual), span("left")[1]
+    for score, day in zip(found, users.days.tolist(), strict=True):
+        by_hand = np.log(usual[wanted]) + lift_by_hand("left", min(day, end), TrendConfig(**params))[wanted]
+        np.testing.assert_allclose(score[wanted], by_hand, atol=1e-5)
+    timeless = scores(recent(side)(params, users.histories, None), users.histories)
+    assert timeless.tolist() == [side.counts.tolist()] * len(users)
 
 
 def test_bm25_against_its_formula() -> None:
@@ -113,7 +129,7 @@ def test_bm25_against_its_formula() -> None:
     side = made(ragged([0]), [1], texts)
     history = ragged([3, 0])
     params = {"k1": 1.2, "b": 0.75, "decay": 0.0}
-    found = scores(bm25(side)(params, history), history)[0]
+    found = scores(bm25(side)(params, history, None), history)[0]
 
     def weight(tf: int, having: int, length: int) -> float:
         idf = math.log(1 + (4 - having + 0.5) / (having + 0.5))
@@ -126,7 +142,7 @@ def test_bm25_against_its_formula() -> None:
 def test_bm25_reads_the_last_five_texts_only() -> None:
     side = made(ragged([0]), [1], [f"word{n}" for n in range(8)])
     history = ragged([0, 1, 2, 3, 4, 5])
-    found = scores(bm25(side)({"k1": 1.2, "b": 0.0, "decay": 0.0}, history), history)[0]
+    found = scores(bm25(side)({"k1": 1.2, "b": 0.0, "decay": 0.0}, history, None), history)[0]
     assert (found > 0).tolist() == [False, True, True, True, True, True, False, False]
 
 
@@ -139,8 +155,10 @@ def test_the_untuned_encoder_takes_the_mean_of_the_last_vectors() -> None:
     side = made(ragged([0]), [1], ["a"] * 3, lambda: unit)
     history = ragged([2, 0, 1])
     half = math.sqrt(0.5)
-    np.testing.assert_allclose(scores(untuned(side)({"last": 1}, history), history)[0], [0, 1, half], atol=1e-6)
-    np.testing.assert_allclose(scores(untuned(side)({"last": 2}, history), history)[0], [half, half, 1], atol=1e-6)
+    np.testing.assert_allclose(scores(untuned(side)({"last": 1}, history, None), history)[0], [0, 1, half], atol=1e-6)
+    np.testing.assert_allclose(
+        scores(untuned(side)({"last": 2}, history, None), history)[0], [half, half, 1], atol=1e-6
+    )
 
 
 def test_peers_count_training_rows_alone(tmp_path: Path) -> None:
@@ -201,7 +219,7 @@ def test_tuning_never_looks_at_test_users(tmp_path: Path) -> None:
     asked: list[tuple[float, bool]] = []
 
     def opened(side: Side) -> Any:
-        def scorer(params: dict[str, float], histories: Ragged) -> Any:
+        def scorer(params: dict[str, float], histories: Ragged, day_B: Any) -> Any:
             asked.append(
                 (
                     params["x"],

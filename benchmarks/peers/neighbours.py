@@ -14,11 +14,13 @@ from torch import Tensor
 
 from benchmarks.peers.side import ALONE, Side, tail
 from dtrain.data.evalset import Ragged
+from dtrain.data.shards import ShardReader
+from dtrain.data.trends import TrendConfig, Trends, count_days, open_trends
 from dtrain.train import baselines
 from dtrain.train.baselines import count_transitions
 from dtrain.train.ranking import Scorer
 
-__all__ = ["asked", "itemknn", "popularity", "transitions"]
+__all__ = ["asked", "itemknn", "popularity", "recent", "transitions"]
 
 #: Above this share of non-zeros a dense matrix is faster to multiply by.
 _DENSE = 0.1
@@ -26,7 +28,27 @@ _DENSE = 0.1
 
 def popularity(side: Side) -> Any:
     """Score = training rows of the item."""
-    return lambda params, histories: baselines.popularity(side.counts)
+    return lambda params, histories, day_B: baselines.popularity(side.counts)
+
+
+def recent(side: Side) -> Any:
+    """Score = interactions before the day of the request, one d days ago counted exp(-d / days), with `prior` more in
+    the shares of all earlier ones (Ji et al., SIGIR 2020). Popularity where there are no times."""
+    days = count_days(ShardReader(side.manifest, side.name), side.items)
+    usual_N = np.log(np.maximum(np.bincount(days.item_E, days.count_E, side.items), 0.01))
+    opened: dict[tuple[float, ...], Trends | None] = {}
+
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
+        key = tuple(params.values())
+        if key not in opened:
+            opened.clear()  # one of a grid at a time
+            opened[key] = open_trends(side.manifest, side.name, TrendConfig(**params))
+        trends = opened[key]
+        if trends is None or day_B is None:
+            return baselines.popularity(side.counts)
+        return lambda rows: torch.from_numpy(usual_N + trends.of(day_B[rows]))
+
+    return scorer
 
 
 def itemknn(side: Side) -> Any:
@@ -58,7 +80,7 @@ def _counted(side: Side, matrix_NN: Any) -> Any:
     kept_NN = matrix_NN.toarray() if matrix_NN.nnz > _DENSE * side.items**2 else matrix_NN.tocsr()
     seen_N = np.maximum(side.counts, 1).astype(np.float64)
 
-    def scorer(params: dict[str, float], histories: Ragged) -> Scorer:
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
         return asked(
             kept_NN,
             histories,

@@ -103,7 +103,7 @@ class SasRec(nn.Module):
         return self.norm(x_BLD)
 
     @torch.no_grad()
-    def scorer(self, histories: Ragged) -> Scorer:
+    def scorer(self, histories: Ragged, day_B: np.ndarray | None = None) -> Scorer:
         """Scores of all items for users with these histories."""
         self.eval()
         item_ND = self.items()
@@ -183,7 +183,7 @@ def sasrec(side: Side, config: SasRecConfig) -> Any:
     """One model for each dropout that is asked for, each with the whole wall time."""
     trained: dict[float, SasRec] = {}
 
-    def scorer(params: dict[str, float], histories: Ragged) -> Scorer:
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
         rate = params["dropout"]
         if rate not in trained:
             trained[rate], facts = train_sasrec(side, replace(config, dropout=rate))

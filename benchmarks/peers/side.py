@@ -79,12 +79,16 @@ class Side:
     def items(self) -> int:
         return len(self.counts)
 
-    def ranks(self, scorer_of: Callable[[Ragged], Scorer], split: str, most: int = 0) -> np.ndarray:
-        """Rank of every user's target, int64 [B], or of only the first `most` users'."""
+    def ranks(self, scorer_of: Callable[[Ragged, np.ndarray | None], Scorer], split: str, most: int = 0) -> np.ndarray:
+        """Rank of every user's target, int64 [B], or of only the first `most` users'.
+
+        `scorer_of` is given their histories and the days that they ask on (None without times).
+        """
         users = self.users[split]
         part = slice(0, min(most or len(users), len(users)))
         histories = users.histories[part]
-        return rank_targets(scorer_of(histories), users.targets[part], histories, items=self.items)
+        day_B = None if users.days is None else users.days[part]
+        return rank_targets(scorer_of(histories, day_B), users.targets[part], histories, items=self.items)
 
 
 def tail(histories: Ragged, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

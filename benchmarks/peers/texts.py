@@ -70,7 +70,7 @@ def bm25(side: Side) -> Any:
     count_NV = word_counts(side.texts)
     made: dict[tuple[float, float], np.ndarray] = {}
 
-    def scorer(params: dict[str, float], histories: Ragged) -> Scorer:
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
         key = (params["k1"], params["b"])
         if key not in made:
             made.clear()  # N x N numbers: one at a time
@@ -84,7 +84,7 @@ def untuned(side: Side) -> Any:
     """Cosine of the item's vector and the mean of the vectors of the `last` items, all of length 1."""
     unit_NH = F.normalize(side.vectors(), dim=1)
 
-    def scorer(params: dict[str, float], histories: Ragged) -> Scorer:
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
         user, item, _ = tail(histories, int(params["last"]))
         sum_BH = torch.zeros(len(histories), unit_NH.shape[1]).index_add_(
             0, torch.from_numpy(user), unit_NH[torch.from_numpy(item)]
