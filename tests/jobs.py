@@ -36,14 +36,16 @@ class Job:
     def __exit__(self, *error: object) -> None:
         self.kill()
 
-    def until(self, words: str) -> None:
-        """Read until a line has `words`."""
+    def until(self, *words: str) -> None:
+        """Read until each of `words` was in a line, in whatever order."""
         assert self.process.stdout is not None
+        missing = list(words)
         for line in self.process.stdout:
             self.lines.append(line)
-            if words in line:
+            missing = [each for each in missing if each not in line]
+            if not missing:
                 return
-        raise AssertionError(f"ended without {words!r}:\n{''.join(self.lines[-40:])}")
+        raise AssertionError(f"ended without {missing}:\n{''.join(self.lines[-40:])}")
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes below a launcher that hold a rank."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,12 +36,16 @@ def _ports(*names: str) -> dict[str, int]:
 
 
 class Nodes:
-    """A cluster whose head has no room for workers; the others have `cpus` each. `head`: more about the first."""
+    """A cluster whose head has no room for workers; the others have `cpus` each. `head`: more about the first.
 
-    def __init__(self, count: int, cpus: int = 1, **head: Any) -> None:
-        self._cpus = cpus
+    Every node, also one that is added, has `env`, which its workers inherit.
+    """
+
+    def __init__(self, count: int, env: Mapping[str, str], cpus: int = 1, **head: Any) -> None:
+        self._cpus, self._env = cpus, env
         head = {"include_dashboard": False, **head}
-        self._cluster = _again(lambda: Cluster(initialize_head=True, head_node_args=self._args(0, **head)))
+        with _environment(env):
+            self._cluster = _again(lambda: Cluster(initialize_head=True, head_node_args=self._args(0, **head)))
         self._others = [self._start() for _ in range(count)]
 
     @property
@@ -61,11 +65,24 @@ class Nodes:
         self._cluster.shutdown()
 
     def _start(self) -> Any:
-        return _again(lambda: self._cluster.add_node(**self._args(self._cpus)))
+        with _environment(self._env):
+            return _again(lambda: self._cluster.add_node(**self._args(self._cpus)))
 
     def _args(self, cpus: int, **more: Any) -> dict[str, Any]:
         agents = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
         return {"num_cpus": cpus, "object_store_memory": _STORE, **_ports(*agents), **more}
+
+
+@contextlib.contextmanager
+def _environment(own: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment with `own`, for the length of the block."""
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _again(start: Callable[[], T]) -> T:
@@ -86,13 +103,7 @@ def nodes(count: int, failpoints: Path, **head: Any) -> Iterator[Nodes]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # else workers starve beside anything else on the machine
     }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)  # of the nodes, which their workers inherit
-    try:
-        found = Nodes(count, **head)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    found = Nodes(count, own, **head)
     try:
         yield found
     finally:

@@ -2,7 +2,7 @@
 
 Armed by the environment alone: DTRAIN_FAILPOINTS names a JSON file with a list of
 {"rank": 1, "step": 6, "phase": "vote", "do": "kill" | "stop" | "enospc" | "hold"}. Each fires once: it first creates
-`FILE.fired.INDEX`, and a failpoint whose mark is there is spent, also in a later process. "hold"
+`FILE.fired.INDEX` and says so on stderr; a failpoint whose mark is there is spent, also in a later process. "hold"
 keeps the thread that came there, and no other, until the file lists it no more. Unarmed, a place costs one look-up.
 """
 
@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ def reach(phase: str, step: int | None = None) -> None:
     here = (rank, getattr(_last, "step", 0), phase)
     for index, point in enumerate(_armed(file)):
         if (point["rank"], point["step"], point["phase"]) == here and _spend(f"{file}.fired.{index}"):
+            print(f"failpoint: rank {rank}, step {here[1]}, {phase}: {point['do']}", file=sys.stderr, flush=True)
             if point["do"] == "hold":
                 while point in _armed(file):
                     time.sleep(_HOLD_S)
