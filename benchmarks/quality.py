@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--platforms", type=_names, default=[], help="of all but the joint model; default: all")
     parser.add_argument("--peers", type=_names, default=[], help="default: all")
-    # A seventh of the joint model's wall time, for each value of each variant's grid: more than it has for itself.
-    parser.add_argument("--budget-s", type=float, default=400.0, help="most seconds of one training of SASRec")
+    # Of two trainings a variant: together a seventh of the joint model's wall time, which is what it has for a platform.
+    parser.add_argument("--budget-s", type=float, default=120.0, help="most seconds of one training of SASRec")
     parser.add_argument("--threads", type=int, default=_THREADS, help="of peers; 1 is faster on a machine that is busy")
     parser.add_argument("--ranks", type=int, default=1, help="processes of one of our own trainings")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/quality.md"))

@@ -10,7 +10,7 @@ from benchmarks.quality_chart import ratio_chart
 from benchmarks.quality_goals import COLD_SLICES, goals
 from benchmarks.quality_jobs import Cache, Job
 from benchmarks.quality_stats import Numbers, Plan, geometric_mean
-from benchmarks.quality_transfer import SHARES
+from benchmarks.quality_transfer import LEFT_OUT_STEPS, SHARES
 from dtrain.core.storage import write_text
 from dtrain.train.bootstrap import Interval
 
@@ -143,7 +143,8 @@ def _transfers(numbers: Numbers) -> str:
         *(f"{share:.0%} of users" for share in SHARES),
     )
     note = (
-        "\nUsers: of the platform's training users, a fixed sample; valid and test have all. Left: the model without "
+        f"\nThe model without a platform has {LEFT_OUT_STEPS:.0%} of the joint model's steps on the others. Users: of "
+        "the platform's training users, a fixed sample; valid and test have all. Left: the model without "
         "the platform, adapted to it (`train.init_from`). Right: the same training from the pretrained encoder, with "
         "all users the solo model. Few users have their share of its steps, at least 60 where it has them, and the "
         "best of six validations counts."

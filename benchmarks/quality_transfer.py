@@ -1,6 +1,6 @@
 """What the joint recipe is worth to a platform that it was not trained on: each platform left out in turn.
 
-Without it a model is trained on the others, and ranks it unseen. Then that model is adapted with 1 %, 10 % and all of
+Without it a model is trained on the others, for a quarter of the recipe's steps, and ranks it unseen. Then that model is adapted with 1 %, 10 % and all of
 the platform's training users, beside a training from the pretrained encoder with the same users. With all of them that
 is the solo model.
 """
@@ -29,10 +29,13 @@ from dtrain.core.errors import DataError
 from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
 
-__all__ = ["SHARES", "Transfer", "run_transfer", "transfer_of"]
+__all__ = ["LEFT_OUT_STEPS", "SHARES", "Transfer", "run_transfer", "transfer_of"]
 
 #: Of a platform's training users.
 SHARES = (0.01, 0.1, 1.0)
+
+#: Of the joint model's steps. At full length leaving out each of seven platforms in turn takes six joint trainings.
+LEFT_OUT_STEPS = 0.25
 
 #: A training on few users has that share of the solo model's steps, but this many where the solo model has them.
 _LEAST_STEPS = 60
@@ -98,9 +101,9 @@ def run_transfer(job: Job, transfer: Transfer, recipe: Recipe, manifest: Manifes
 
 
 def _without(recipe: Recipe, manifest: Manifest, seed: int, platform: str) -> RunConfig:
-    """The joint recipe on the others, for as many of their samples as it has with all."""
+    """The joint recipe on the others, for a fixed share of the samples of theirs that it has with all."""
     config = config_of(recipe, manifest, seed)
-    shorter = scaled(config, 1 - share_of(config, manifest, platform))
+    shorter = scaled(config, LEFT_OUT_STEPS * (1 - share_of(config, manifest, platform)))
     weights = {name: weight for name, weight in config.mixture.weights.items() if name != platform}
     caps = {name: cap for name, cap in config.mixture.caps.items() if name != platform}
     return replace(

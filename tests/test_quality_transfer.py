@@ -93,3 +93,9 @@ def test_the_page_says_what_was_moved_and_what_was_not(work: Path) -> None:
     assert solo
     assert own is not None
     assert numbers.kept_share("garden", 0.1) == pytest.approx(own / solo)
+
+
+def test_leaving_out_both_platforms_takes_a_quarter_of_the_joint_models_steps(work: Path) -> None:
+    recipe = Recipe(path=str(work / "run.yaml"), overrides=("train.steps=4000",))
+    transfers = quality.plan_of(recipe, [0], 5.0).transfers.values()
+    assert sum(transfer.left_out.config["train"]["steps"] for transfer in transfers) == pytest.approx(1000, abs=1)
