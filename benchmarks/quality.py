@@ -26,7 +26,7 @@ from benchmarks.peers.registry import Peer, peers, tune
 from benchmarks.peers.side import TUNED_USERS, Side
 from benchmarks.quality_jobs import Cache, Job, Result
 from benchmarks.quality_page import write_page
-from benchmarks.quality_runs import Recipe, model_job, run_model
+from benchmarks.quality_runs import Recipe, config_of, model_job, run_model, share_of
 from benchmarks.quality_stats import Plan
 from benchmarks.quality_transfer import run_transfer, transfer_of
 from dtrain.core.errors import DtrainError
@@ -65,8 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--platforms", type=_names, default=[], help="of all but the joint model; default: all")
     parser.add_argument("--peers", type=_names, default=[], help="default: all")
-    # Of two trainings a variant: together a seventh of the joint model's wall time, which is what it has for a platform.
-    parser.add_argument("--budget-s", type=float, default=120.0, help="most seconds of one training of SASRec")
+    # Of two trainings a variant: together a seventh of the joint model's wall time.
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=120.0,
+        help="most seconds of one training of SASRec on a "
+        "platform that has its even share of the joint model's samples, or less; else in proportion more",
+    )
     parser.add_argument("--threads", type=int, default=_THREADS, help="of peers; 1 is faster on a machine that is busy")
     parser.add_argument("--ranks", type=int, default=1, help="processes of one of our own trainings")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/quality.md"))
@@ -92,24 +98,35 @@ def peer_job(peer: Peer, manifest: Manifest, platform: str, encoder: EncoderConf
 
 def plan_of(recipe: Recipe, seeds: Sequence[int], budget_s: float) -> Plan:
     """Every job there is. The joint model of the first seed comes first, what is quick next, then the rest."""
-    manifest, encoder, everyone = recipe.manifest(), recipe.load().model.encoder, peers(budget_s)
+    manifest, encoder = recipe.manifest(), recipe.load().model.encoder
+    budgets = _budgets(recipe, manifest, seeds[0], budget_s)
     solo = {platform: model_job(recipe, manifest, seeds[0], platform) for platform in manifest.platforms}
     return Plan(
         manifest=manifest,
         encoder=encoder,
         config=recipe.path,
-        peers=everyone,
+        peers=peers(budget_s),
         peer_jobs={
             (peer.name, platform): peer_job(peer, manifest, platform, encoder)
-            for peer in everyone
             for platform in manifest.platforms
+            for peer in peers(budgets[platform])
         },
+        budgets=budgets,
         joint_jobs=[model_job(recipe, manifest, seed) for seed in seeds],
         solo_jobs=solo,
         transfers={p: transfer_of(recipe, manifest, seeds[0], p, solo[p]) for p in manifest.platforms}
         if len(manifest.platforms) > 1
         else {},
     )
+
+
+def _budgets(recipe: Recipe, manifest: Manifest, seed: int, budget_s: float) -> dict[str, float]:
+    """Where the joint model spends more of its time than on the others, a peer has as much more."""
+    config, count = config_of(recipe, manifest, seed), len(manifest.platforms)
+    return {
+        platform: round(budget_s * max(1.0, count * share_of(config, manifest, platform)), 1)
+        for platform in manifest.platforms
+    }
 
 
 def _wanted(plan: Plan, parts: Sequence[str], platforms: Sequence[str], names: Sequence[str]) -> list[Job]:
@@ -167,7 +184,7 @@ def _run_peer(job: Job, plan: Plan, cache: Cache, sides: dict[str, Side]) -> Res
     if platform not in sides:
         sides.clear()  # one platform's data at a time
         sides[platform] = Side.open(plan.manifest, platform, plan.encoder, cache.root / "vectors")
-    peer = next(peer for peer in plan.peers if peer.name == job.name)
+    peer = next(peer for peer in peers(plan.budgets[platform]) if peer.name == job.name)
     tuned = tune(peer, sides[platform])
     return Result(
         ranks={platform: tuned.ranks},

@@ -34,6 +34,7 @@ class Plan:
     config: str  # file of the joint model's config
     peers: Sequence[Peer]
     peer_jobs: Mapping[tuple[str, str], Job]  # (peer, platform)
+    budgets: Mapping[str, float]  # most seconds of one training of SASRec, by platform
     joint_jobs: Sequence[Job]  # one a seed
     solo_jobs: Mapping[str, Job]  # by platform
     transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by the platform that is left out

@@ -1,8 +1,8 @@
 """What the joint recipe is worth to a platform that it was not trained on: each platform left out in turn.
 
-Without it a model is trained on the others, for a quarter of the recipe's steps, and ranks it unseen. Then that model is adapted with 1 %, 10 % and all of
-the platform's training users, beside a training from the pretrained encoder with the same users. With all of them that
-is the solo model.
+Without it a model is trained on the others, for a quarter of the recipe's steps, and ranks it unseen. Then that model
+is adapted with 1 %, 10 % and all of its training users, beside a training from the pretrained encoder with the
+same users. With all of them that is the solo model.
 """
 
 from __future__ import annotations

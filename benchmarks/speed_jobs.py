@@ -54,10 +54,9 @@ class Settings:
         """The interpreter of a peer's environment, which is made where it is missing."""
         if ready := os.environ.get(f"DTRAIN_{package.upper().replace('-', '_')}_PYTHON"):
             return ready
-        if package == "recbole":  # its requirements end before numpy 2 and setuptools 80
-            return python_with(
-                self.work / "environments", package, ["numpy<2", "pandas<3", "setuptools<80"], first=["torch"]
-            )
+        if package == "recbole":
+            pins = ROOT / "benchmarks/peers/recbole.txt"
+            return python_with(self.work / "environments", package, ["setuptools"], first=["torch"], constraints=pins)
         pins = ROOT / "constraints.txt"
         more = ["accelerate", "datasets"]
         return python_with(self.work / "environments", package, more, first=["torch"], constraints=pins)

@@ -99,3 +99,10 @@ def test_leaving_out_both_platforms_takes_a_quarter_of_the_joint_models_steps(wo
     recipe = Recipe(path=str(work / "run.yaml"), overrides=("train.steps=4000",))
     transfers = quality.plan_of(recipe, [0], 5.0).transfers.values()
     assert sum(transfer.left_out.config["train"]["steps"] for transfer in transfers) == pytest.approx(1000, abs=1)
+
+
+def test_a_platform_with_more_of_the_joint_models_time_gives_its_peers_more(work: Path) -> None:
+    weights = ("mixture.weights={garden: 0.9, kitchen: 0.1}",)
+    plan = quality.plan_of(Recipe(path=str(work / "run.yaml"), overrides=weights), [0], 5.0)
+    seconds = {platform: plan.peer_jobs["sasrec_ids", platform].config["facts"]["seconds"] for platform in plan.budgets}
+    assert seconds == pytest.approx({"garden": 9.0, "kitchen": 5.0})
