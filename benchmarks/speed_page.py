@@ -90,9 +90,14 @@ def _pairs(rows: Rows) -> str:
             ratio = f"{rates(found)[0] / base:.2f}" if base else ""
             lines.append((*head, _rate(found), f"{sum(found['targets']):,.0f}", ratio))
     head = ("platform", "", "precision", "dropout", "processes", "", "pairs/s", "pairs", "times ST as it comes")
+    limits = sorted(
+        {row["job"]["seconds"] for row in rows.files.get("pairs", {}).values() if row["job"].get("seconds")}
+    )
+    seconds = " or ".join(f"{limit:,.0f}" for limit in limits) or "its"
     note = (
-        "\nA row ends after its pairs or its seconds, whichever comes first. dtrain encodes an item once that occurs "
-        "several times in a step. With two processes, peers gather the targets of both, so that the loss is the same.\n"
+        f"\nA row ends after its pairs or {seconds} seconds, whichever comes first. dtrain encodes an item once "
+        "that occurs several times in a step. With two processes, peers gather the targets of both, so that the loss "
+        "is the same.\n"
     )
     return table(head, lines) + note
 
