@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.environments import python_with
 from benchmarks.pages import commit
+from dtrain.core.cpu import cpu_has_fast_bf16
 from dtrain.core.storage import read_json, write_json
-from dtrain.engine.precision import cpu_has_fast_bf16
 
 __all__ = ["ROOT", "Cache", "Settings", "bf16_units", "machine", "rates", "run_measurement"]
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from dtrain.core.config import load_config
+from dtrain.core.cpu import cpu_has_fast_bf16
 from dtrain.core.errors import ConfigError
 from dtrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dtrain.engine.deepspeed_keys import FREE, OWNED, check_keys
 from dtrain.engine.memory import estimate
 from dtrain.engine.optimizer import make_optimizer, set_lr
-from dtrain.engine.precision import cpu_has_fast_bf16, resolve_precision
+from dtrain.engine.precision import resolve_precision
 
 CPU = torch.device("cpu")
 

@@ -43,13 +43,13 @@ class EncoderConfig:
 
     name: str  # Hugging Face name, or a folder with config.json and model.safetensors
     pooling: str = "mean"  # how token vectors become a text's vector: mean | cls | max, over real tokens
-    attention: str = "sdpa"  # attention kernel: eager | sdpa; docs/model.md says where eager is faster
+    attention: str = "auto"  # attention kernel: eager | sdpa | auto, the faster one on this machine (docs/model.md)
     dropout: float = 0.0  # probability; overrides every hidden and attention dropout of the encoder
     activation_checkpointing: bool = False  # recompute each layer in backward: less memory, one more forward
 
     def __post_init__(self) -> None:
         _one_of("encoder.pooling", self.pooling, ("mean", "cls", "max"))
-        _one_of("encoder.attention", self.attention, ("eager", "sdpa"))
+        _one_of("encoder.attention", self.attention, ("auto", "eager", "sdpa"))
         _probability("encoder.dropout", self.dropout)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils.logging import disable_progress_bar
 
+from dtrain.core.cpu import cpu_has_fast_bf16
 from dtrain.core.errors import ConfigError
 from dtrain.model.config import EncoderConfig, FreezeConfig
 
@@ -131,13 +132,13 @@ def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
             setattr(shape, key, config.dropout)
     if not pretrained:
         return AutoModel.from_config(
-            shape, attn_implementation=config.attention, dtype=torch.float32, trust_remote_code=False
+            shape, attn_implementation=_kernel(config.attention), dtype=torch.float32, trust_remote_code=False
         )
     try:
         model, info = AutoModel.from_pretrained(
             name,
             config=shape,
-            attn_implementation=config.attention,
+            attn_implementation=_kernel(config.attention),
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,  # a .bin file is a pickle, and reading it may run code
@@ -155,6 +156,13 @@ def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
             "them; point to a whole checkpoint"
         )
     return model
+
+
+def _kernel(attention: str) -> str:
+    """`auto` is eager on a CPU with bf16 units, where the fused kernel's backward is slow, and sdpa anywhere else."""
+    if attention != "auto":
+        return attention
+    return "eager" if cpu_has_fast_bf16() and not torch.cuda.is_available() else "sdpa"
 
 
 def _first_line(error: Exception) -> str:
