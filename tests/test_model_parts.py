@@ -178,7 +178,7 @@ def test_the_attention_kernel_is_the_faster_one_on_this_machine(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr("dtrain.model.encoder.cpu_has_fast_bf16", lambda: bf16)
     for pretrained in (True, False):
-        encoder = Encoder(EncoderConfig(name=str(tiny_encoder)), pretrained=pretrained)
+        encoder = Encoder(EncoderConfig(name=str(tiny_encoder), attention="auto"), pretrained=pretrained)
         assert encoder.model.config._attn_implementation == kernel
 
 
