@@ -41,6 +41,12 @@ def train_counts(platform: str) -> np.ndarray:
     return np.bincount(np.array(rows, dtype=np.int64), minlength=PLATFORMS[platform][0])
 
 
+def released_of(platform: str) -> list[int | None]:
+    """Days of release: of `right`'s items but every seventh, from long before the first interaction on."""
+    items = PLATFORMS[platform][0]
+    return [None if platform != "right" or row % 7 == 6 else 5 * (row % 29) - 70 for row in range(items)]
+
+
 def time_of(user: str, place: int) -> int:
     """Two items a day; each user begins some days after the one before."""
     return 43_200 * (place + 5 * int(user.removeprefix("user")))
@@ -70,8 +76,10 @@ def _platform(root: Path, name: str, timed: bool) -> PlatformManifest:
             relative = f"{name}/{number}.tar"
             shards.append(write_shard(root / relative, number, _table(SAMPLE, part), relative=relative))
     catalog = [
-        {"item": f"i{row:04d}", "text": text, "category": "", "count": count}
-        for row, (text, count) in enumerate(zip(item_texts(name), train_counts(name).tolist()))
+        {"item": f"i{row:04d}", "text": text, "category": "", "count": count, "released": released}
+        for row, (text, count, released) in enumerate(
+            zip(item_texts(name), train_counts(name).tolist(), released_of(name))
+        )
     ]
     valid = [_eval_row(user, s[:-2], s[-2], timed) for user, s in zip(users, sequences)]
     test = [_eval_row(user, s[:-1], target, timed) for user, s, target in zip(users, sequences, targets_of(name))]
@@ -89,6 +97,7 @@ def _platform(root: Path, name: str, timed: bool) -> PlatformManifest:
         valid_rows=len(users),
         test_rows=len(users),
         cold_share=0.0,
+        dated_items=sum(day is not None for day in released_of(name)),
         rows_read=0,
         rejected={},
         events=("view", "buy"),

@@ -70,7 +70,8 @@ def _catalog(root: Path, name: str, items: int, rng: np.random.Generator) -> Fil
     texts: list[str] = []
     for row in range(items):
         texts.append(texts[-1] if row % 5 == 4 else " ".join(rng.choice(WORDS, rng.integers(1, 10))))
-    columns = [[f"{name}{row:04d}" for row in range(items)], texts, [""] * items, rng.integers(0, 50, items)]
+    counts = rng.integers(0, 50, items)
+    columns = [[f"{name}{row:04d}" for row in range(items)], texts, [""] * items, counts, [None] * items]
     table = pa.table([pa.array(c, type=field.type) for c, field in zip(columns, CATALOG)], schema=CATALOG)
     path = root / name / "catalog.arrow"
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, CATALOG) as writer:

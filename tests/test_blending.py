@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from dtrain.export.folder import write_platform
 from dtrain.export.recommender import open_platform
 from dtrain.model.blend import NEAR, Mix
 from dtrain.model.config import BlendConfig, EncoderConfig, ModelConfig
-from dtrain.train.blending import STATISTICS, TEXTS, TRENDS, encoded_users, fit_blend, with_head_start
-from dtrain.train.shelf import open_shelf
+from dtrain.train.blending import STATISTICS, TEXTS, TRENDS, fit_blend
+from dtrain.train.shelf import encoded_users, open_shelf
 from dtrain.train.subjects import Subject, shared_ranks, subjects
 from tests.eval_cases import Case, open_case
 from tests.eval_toys import PLATFORMS, prepared
@@ -29,6 +30,7 @@ from tests.test_trends import lift_by_hand
 ALONE = Comm(World(), torch.device("cpu"))
 NEIGHBOURS = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
 BESIDE = ModelConfig(encoder=EncoderConfig(name="none"), neighbours=NEIGHBOURS)
+NEUTRAL = {"cold_own": 1.0, "cold_texts": 0.0, "arrivals": 0.0, "head_start": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,8 @@ def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
     subject = subjects(case.manifest, "test", BESIDE)[2]
     text_NH = case.texts
     shelf = open_shelf(case.model, text_NH, subject, ALONE.device)
-    share, mix = slice(2, 9), Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.25, head_start=2.0)
+    share = slice(2, 9)
+    mix = Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.25, cold_texts=1.25, arrivals=0.75, head_start=2.0)
     user_BD = encoded_users(case.model, shelf, subject, share)
     found = shelf.scorer(user_BD, subject.users.histories[share], subject.days(share), mix)(slice(1, 6)).numpy()
     standard = (text_NH[subject.rows] - case.model.items.standardize.mean_H) * case.model.items.standardize.scale_H
@@ -59,6 +62,7 @@ def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
     cold = np.flatnonzero(subject.catalog.counts == 0)
     assert 1 < len(cold) < subject.items
     assert subject.users.days is not None
+    assert subject.arrivals is not None
     for place, user in enumerate(range(3, 8)):
         own = (user_BD[user - 2] @ shelf.vector_ND.T + shelf.bias_N).numpy()
         expected = own.copy()
@@ -69,6 +73,9 @@ def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
         lift = lift_by_hand(subject.name, int(subject.users.days[user]), BESIDE.trend)
         assert lift.std() > 0.1
         expected += 0.5 * lift
+        ages = subject.arrivals.of(subject.users.days[user : user + 1], cold)[0]
+        assert ages.std() > 0.1
+        expected[cold] += 1.25 * unit[cold] @ profile + 0.75 * ages
         np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-4)
     alone = shelf.scorer(user_BD, subject.users.histories[share], None, Mix())(slice(0, 2))
     torch.testing.assert_close(alone, user_BD[:2] @ shelf.vector_ND.T + shelf.bias_N)
@@ -107,7 +114,7 @@ def test_each_platform_gets_weights_that_no_other_of_their_kind_beats(case: Case
     mixes = fitted(case, ALONE)
     assert mixes[1] == Mix(trend=BESIDE.trend.weight)  # it has no users
     for subject in (subjects(case.manifest, "valid", BESIDE)[n] for n in (0, 2)):
-        mix = replace(mixes[subject.number], cold_own=1.0, head_start=0.0)  # those are chosen afterwards
+        mix = replace(mixes[subject.number], **NEUTRAL)  # those are chosen afterwards
 
         def whole(mix: Mix, subject: Subject = subject) -> float:
             return float((1 / np.log2(1.0 + ranks_at(case, subject, mix))).mean())
@@ -122,38 +129,6 @@ def test_each_platform_gets_weights_that_no_other_of_their_kind_beats(case: Case
     assert any(mix.statistics or mix.texts for mix in mixes)
 
 
-def one_cold_target(subject: Subject) -> Subject:
-    """The fifth valid user wants the cold item 0 instead."""
-    targets = np.array(subject.users.targets)
-    targets[4] = 0
-    return replace(subject, users=replace(subject.users, targets=targets))
-
-
-def test_a_cold_item_that_somebody_wants_gets_a_head_start(case: Case) -> None:
-    subject = one_cold_target(subjects(case.manifest, "valid", BESIDE)[0])
-    mix = fitted(case, ALONE, [subject])[subject.number]
-    assert mix.head_start > 0
-    without = ranks_at(case, subject, replace(mix, cold_own=1.0, head_start=0.0))
-    assert ranks_at(case, subject, mix)[4] < without[4]
-
-
-@pytest.mark.parametrize(
-    ("metric", "cost", "start"),
-    [("ndcg@10", 0.0, 1.0), ("ndcg@10", 0.03, 1.0), ("ndcg@10", 0.05, 1.5), ("recall@10", 0.0, 1.5), ("mrr", 0.9, 8.0)],
-)
-def test_a_head_start_costs_no_more_than_its_share_of_the_metric(metric: str, cost: float, start: float) -> None:
-    cold_B = np.arange(23) == 4
-
-    def ranks_of(mixes: Sequence[Mix]) -> np.ndarray:
-        """Warm targets lose from a start of 1.5 on, cold ones gain; without their own score they lose everything."""
-        found = np.array([[9 if mix.head_start < 1.5 else 10 if mix.head_start < 2 else 40 for mix in mixes]] * 23)
-        found[4] = [50 + 30 * (mix.cold_own == 0) - 2 * mix.head_start for mix in mixes]
-        return found
-
-    mix = with_head_start(ranks_of, Mix(texts=2.0), cold_B, metric, cost)
-    assert mix == Mix(texts=2.0, cold_own=1.0, head_start=start)
-
-
 def _fit_on_ranks(comm: Comm, root: str, encoder: str) -> list[Mix]:
     return fitted(open_case(Path(root), Path(encoder)), comm)
 
@@ -163,7 +138,7 @@ def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
     assert run_ranks(2, tmp_path, _fit_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
 
 
-@pytest.mark.parametrize(("key", "value"), [("texts", -1), ("cold_cost", -0.1), ("cold_cost", 1.0)])
+@pytest.mark.parametrize(("key", "value"), [("texts", -1), ("cold_weight", 0), ("cold_weight", float("inf"))])
 def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"blend\.{key}={value}"):
         BlendConfig(**{key: value})  # type: ignore[arg-type]
@@ -173,13 +148,13 @@ def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
 def test_an_exported_platform_is_scored_as_in_the_run_cold_items_too(case: Case, tmp_path: Path, timed: bool) -> None:
     subject = subjects(case.manifest, "test", BESIDE)[2]
     assert subject.trends is not None
-    subject = subject if timed else replace(subject, trends=None)
+    subject = subject if timed else replace(subject, trends=None, arrivals=None)
     shelf = open_shelf(case.model, case.texts, subject, ALONE.device)
     assert subject.neighbours is not None
-    write_platform(tmp_path, subject, shelf)
+    facts = {"events": ["view"], **write_platform(tmp_path, subject, shelf)}
     saved = {"neighbours": asdict(NEIGHBOURS), "trend": asdict(BESIDE.trend), "blend": asdict(case.model.blend.config)}
-    again = open_platform(tmp_path, subject.name, 2, {"events": ["view"]}, saved).scored
-    mix = Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.0, head_start=2.0)
+    again = open_platform(tmp_path, subject.name, 2, json.loads(json.dumps(facts)), saved).scored
+    mix = Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.0, cold_texts=1.0, arrivals=1.0, head_start=2.0)
     user_BD = encoded_users(case.model, shelf, subject, slice(0, 5))
     ours, theirs = (s.scorer(user_BD, subject.users.histories[:5], None, mix)(slice(0, 5)) for s in (shelf, again))
     torch.testing.assert_close(theirs, ours)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from dtrain.core.fingerprint import fingerprint_lines
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.prepare import prepare
+from dtrain.data.schema import NO_DAY
 from dtrain.data.splits import cut_windows
 from tests.prepare_toys import (
     DAY,
@@ -148,6 +150,45 @@ def test_texts_from_the_interactions_themselves(tmp_path: Path) -> None:
     rejected = report.manifest.platform("shop").rejected
     assert rejected == {"filter:returned": 1, "malformed row": 1, "no user": 2, "no item text": 1, "repeat": 1}
     assert EvalSet.open(report.manifest, "shop", "test").users.to_pylist() == sorted([hashed("1"), hashed("2")])
+
+
+def dated_shop(folder: Path, form: str, dates: dict[str, list[str]], pick: str = "first") -> dict[str, Any]:
+    """A shop with one catalogue row for each of an item's dates, those of all items in turn."""
+    shop = write_shop(folder, random_rows(5))
+    most = max(map(len, dates.values()))
+    rows = [f"{item},title,{cells[turn]}" for turn in range(most) for item, cells in dates.items() if turn < len(cells)]
+    (folder / "items.csv").write_text("\n".join(["sku,title,out", *rows]) + "\n", encoding="utf-8")
+    shop["catalog"] |= {"category": "", "released": "out", "released_format": form, "pick": pick}
+    return shop
+
+
+@pytest.mark.parametrize("pick", ["first", "most_frequent"])
+def test_an_item_is_released_on_the_earliest_date_that_its_rows_give(tmp_path: Path, pick: str) -> None:
+    dates = {f"sku{i}": [""] for i in range(30)}
+    dates |= {"sku3": ["2014-05-02", "2014-05-01T23:59:00", "2015-01-01"], "sku4": ["", "2016-02-29"]}
+    dates |= {"sku7": ["Jul 2014"], "sku8": ["1969-12-31"], "sku9": ["9999-01-01"]}
+    report = prepare(config_of(tmp_path, {"shop": dated_shop(tmp_path / "raw", "iso", dates, pick)}))
+    catalog = Catalog.open(report.manifest, "shop")
+    found = dict(zip(catalog.items.to_pylist(), catalog.released.tolist()))
+    assert (found["sku3"], found["sku4"], found["sku8"]) == (16_191, 16_860, -1)
+    assert {found[name] for name in ("sku7", "sku9", "sku0")} == {NO_DAY}  # no date, a date that is none, no cell
+    assert report.manifest.platform("shop").dated_items == 3
+    assert "shop: a release date is known of 3 of 30 items" in report.table()
+    assert catalog.texts.to_pylist() == ["title"] * 30
+
+
+def test_dates_that_are_all_of_another_format_are_an_error_that_names_the_column(tmp_path: Path) -> None:
+    shop = dated_shop(tmp_path / "raw", "%d/%m/%Y", {f"sku{i}": ["2014-05-02"] for i in range(30)})
+    with pytest.raises(
+        DataError, match=r"column 'out': none of the 30 items .*'%d/%m/%Y'; correct catalog"
+    ):
+        prepare(config_of(tmp_path, {"shop": shop}))
+    shop["catalog"]["released_format"] = "isso"
+    with pytest.raises(ConfigError, match=r"catalog\.released_format: 'isso' must be one of iso"):
+        prepare(config_of(tmp_path, {"shop": shop}))
+    shop["catalog"] |= {"released_format": "iso", "released": "outt"}
+    with pytest.raises(DataError, match="outt"):
+        prepare(config_of(tmp_path, {"shop": shop}))
 
 
 def test_events_and_values_weigh_targets(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Tokenizer:
 
 
 def bound(config: RunConfig, manifest: Manifest, items: str = "abc") -> dict[str, object]:
-    catalogs = {name: Catalog(name, list(items), list(items), list(items), np.arange(3)) for name in manifest.platforms}
+    columns = (list(items), list(items), list(items), np.arange(3), np.arange(3))
+    catalogs = {name: Catalog(name, *columns) for name in manifest.platforms}
     return binding(config.completed(), Inputs(manifest, Tokenizer(), None, catalogs))  # type: ignore[arg-type]
 
 

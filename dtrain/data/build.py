@@ -20,7 +20,7 @@ from dtrain.data.buckets import Scatter, Tidied, tidy_bucket
 from dtrain.data.interactions import Tally, clean_interactions
 from dtrain.data.items import ItemTexts, build_items
 from dtrain.data.manifest import PlatformManifest
-from dtrain.data.platforms import PlatformConfig
+from dtrain.data.platforms import CatalogConfig, PlatformConfig
 from dtrain.data.progress import Progress
 from dtrain.data.pseudonym import UserKey
 from dtrain.data.samples import BucketTask, Survey, survey_bucket, write_bucket
@@ -169,7 +169,8 @@ def _write(
     firsts = np.cumsum([0, *(-(-samples // SHARD_SAMPLES) for samples in totals.samples)]).tolist()
     write = functools.partial(write_bucket, catalog_rows=folder.parent / "rows.npy", folder=folder, relative=relative)
     shards = ShardTable.of(shard for part in job.each("writing", write, list(zip(tasks, firsts))) for shard in part)
-    catalog = pa.table([*items.take(chosen), pa.array(totals.train[chosen])], schema=CATALOG)
+    *texts, released = items.take(chosen)
+    catalog = pa.table([*texts, pa.array(totals.train[chosen]), released], schema=CATALOG)
     cold, test_rows = int(totals.test[totals.train == 0].sum()), int(totals.test.sum())
     return PlatformManifest(
         name=job.name,
@@ -184,6 +185,7 @@ def _write(
         valid_rows=totals.valid_rows,
         test_rows=test_rows,
         cold_share=round(cold / test_rows, 6),
+        dated_items=_count_dated(job.config.catalog, released),
         rows_read=tally.rows_read,
         rejected={reason: n for reason, n in tally.rejected.items() if n},
         events=job.config.events,
@@ -193,6 +195,16 @@ def _write(
         shards=shards.write(folder / "train.arrow", f"{relative}/train.arrow"),
         train=shards,
     )
+
+
+def _count_dated(config: CatalogConfig, released: pa.ChunkedArray) -> int:
+    dated = int(len(released) - released.null_count)
+    if config.released and not dated:
+        raise DataError(
+            f"column {config.released!r}: none of the {len(released)} items has a date of the format "
+            f"{config.released_format!r}; correct catalog.released_format, or leave catalog.released empty"
+        )
+    return dated
 
 
 def _tables(paths: Iterable[Path]) -> Iterable[pa.Table]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from dtrain.core.errors import CorruptFile, DataError
 from dtrain.data.manifest import Manifest
-from dtrain.data.schema import CATALOG
+from dtrain.data.schema import CATALOG, NO_DAY
 from dtrain.data.shardtable import FileEntry
 
 __all__ = ["Catalog", "map_arrow", "open_arrow"]
@@ -64,6 +64,7 @@ class Catalog:
     texts: Sequence[Any]  # Arrow string column, never empty
     categories: Sequence[Any]  # Arrow string column, "" where the platform has none
     counts: np.ndarray  # int64, training rows of each item; 0 for a cold one
+    released: np.ndarray  # int64 UTC days since 1970 from which items are to be had; NO_DAY where nobody knows
 
     @classmethod
     def open(cls, manifest: Manifest, platform: str) -> Catalog:
@@ -71,7 +72,8 @@ class Catalog:
         entry = manifest.platform(platform)
         table = open_arrow(manifest, entry.catalog, CATALOG, entry.items).combine_chunks()
         items, texts, categories = (table[name].combine_chunks() for name in ("item", "text", "category"))
-        return cls(platform, items, texts, categories, table["count"].to_numpy())
+        released = table["released"].combine_chunks().fill_null(NO_DAY).to_numpy().astype(np.int64)
+        return cls(platform, items, texts, categories, table["count"].to_numpy(), released)
 
     def __len__(self) -> int:
         return len(self.items)

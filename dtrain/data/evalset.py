@@ -48,6 +48,13 @@ class Ragged(Sequence[np.ndarray]):
         row = index % len(self)
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The arrays of these numbers, in their order."""
+        length = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+        place = np.repeat(self.offsets[rows] - offsets[:-1], length) + np.arange(offsets[-1])
+        return Ragged(self.values[place], offsets)
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.values[a:b] for a, b in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True))
 
@@ -89,3 +96,15 @@ class EvalSet:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def take(self, rows: np.ndarray) -> EvalSet:
+        """The users of these numbers, in their order."""
+        return EvalSet(
+            self.platform,
+            self.users.take(pa.array(rows)),  # type: ignore[attr-defined]
+            self.histories.take(rows),
+            self.history_events.take(rows),
+            self.targets[rows],
+            self.target_events[rows],
+            None if self.days is None else self.days[rows],
+        )

@@ -1,4 +1,4 @@
-"""Building a platform's catalogue: one text and category an item, from its own files or from the interactions."""
+"""Building a platform's catalogue: text, category and release of every item, from its own files or the interactions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtrain.core.errors import DataError
-from dtrain.data.columns import ROW, Checked, as_id, as_text
+from dtrain.data.columns import ROW, Checked, as_id, as_text, as_time
 from dtrain.data.filters import apply_filters
 from dtrain.data.interactions import Tally, clean_interactions
-from dtrain.data.platforms import PlatformConfig
+from dtrain.data.platforms import CatalogConfig, PlatformConfig
 from dtrain.data.readers import read_tables
 from dtrain.data.sources import OnBytes, SourceFile
 from dtrain.data.spill import Spill, read_bucket
@@ -23,14 +23,16 @@ from dtrain.data.template import Template
 
 __all__ = ["ItemTexts", "build_items", "item_ids"]
 
-_TEXTS = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("rows", pa.int64())])
+_DAY_US = 86_400_000_000
+_KEPT = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("released", pa.int32())])
+_TEXTS = _KEPT.append(pa.field("rows", pa.int64()))
 
 
 class ItemTexts:
     """Items that have text. The texts stay on disk; only the ids are in memory."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path  # Arrow file with columns item, text, category, in no particular order of rows
+        self.path = path  # Arrow file of _KEPT columns, in no particular order of rows
         keys = np.array(item_ids(path).cast(pa.binary()).to_pylist(), dtype=np.bytes_)
         self._order = np.argsort(keys, kind="stable").astype(np.int32)
         self._keys = keys[self._order]
@@ -51,10 +53,10 @@ class ItemTexts:
         return np.asarray(self._order[rows[self._order]])
 
     def take(self, rows: np.ndarray) -> list[pa.ChunkedArray]:
-        """Columns item, text and category of these rows."""
+        """Columns item, text, category and released of these rows."""
         with pa.memory_map(str(self.path)) as file:
             table = pa.ipc.open_file(file).read_all().take(pa.array(rows))
-        return [table[name] for name in ("item", "text", "category")]
+        return [table[name] for name in _KEPT.names]
 
 
 def item_ids(path: Path) -> pa.Array:
@@ -74,7 +76,7 @@ def build_items(
     """Every item with text, by way of `buckets` files in `folder`. Raises DataError when there is none."""
     config = platform.catalog
     text, category = Template.parse(config.text), Template.parse(config.category)
-    fields = list(dict.fromkeys([config.id, *text.fields, *category.fields]))
+    fields = list(dict.fromkeys(filter(None, [config.id, *text.fields, *category.fields, config.released])))
     if config.sources:
         tables = _catalog_tables(platform, catalog_files, fields, on_bytes)
     else:
@@ -86,7 +88,7 @@ def build_items(
         spill.add(table, bucket[distinct.indices.to_numpy()])
     spill.flush()
     met = written = 0
-    with open(folder / "items.arrow", "wb") as file, pa.ipc.new_file(file, _TEXTS.remove(3)) as writer:
+    with open(folder / "items.arrow", "wb") as file, pa.ipc.new_file(file, _KEPT) as writer:
         for path in spill.paths:
             chosen = _pick(read_bucket(path, _TEXTS), config.pick)
             with_text = chosen.filter(pc.is_valid(chosen["text"]))
@@ -150,15 +152,27 @@ def _rendered(
                 "category": category.render(columns, table.num_rows)
                 if category.words
                 else pa.nulls(len(ids), pa.string()),
+                "released": _released(table, platform.catalog),
                 "rows": pa.array(np.ones(table.num_rows, dtype=np.int64)),
             }
         )
         yield _grouped(rendered.filter(pc.is_valid(rendered["item"])))
 
 
+def _released(table: pa.Table, config: CatalogConfig) -> pa.Array:
+    """int32 days since 1970, null where the cell holds no date of the format: that costs the item nothing else."""
+    if not config.released:
+        return pa.nulls(table.num_rows, pa.int32())
+    moment, bad = as_time(table[config.released], config.released_format)
+    known = pc.is_valid(moment).to_numpy(zero_copy_only=False)
+    known[bad] = False
+    micros = moment.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return pa.array(np.where(known, micros // _DAY_US, 0).astype(np.int32), mask=~known)
+
+
 def _grouped(table: pa.Table) -> pa.Table:
-    grouped = table.group_by(["item", "text", "category"], use_threads=False).aggregate([("rows", "sum")])
-    return grouped.rename_columns({"rows_sum": "rows"})
+    grouped = table.group_by(["item", "text", "category"], use_threads=False)
+    return grouped.aggregate([("released", "min"), ("rows", "sum")]).rename_columns(_TEXTS.names)
 
 
 def _pick(texts: pa.Table, pick: str) -> pa.Table:
@@ -166,15 +180,15 @@ def _pick(texts: pa.Table, pick: str) -> pa.Table:
     if pick == "most_frequent":
         known = texts.filter(pc.is_valid(texts["text"]))
         counted = known.group_by(["item", "text"], use_threads=False).aggregate(
-            [("rows", "sum"), ("category", "first")]
+            [("rows", "sum"), ("category", "first"), ("released", "min")]
         )
-        texts = counted.rename_columns({"rows_sum": "rows", "category_first": "category"}).sort_by(
+        texts = counted.rename_columns(["item", "text", "rows", "category", "released"]).sort_by(
             [("item", "ascending"), ("rows", "descending"), ("text", "ascending")]
         )
     keep_nulls = pc.ScalarAggregateOptions(skip_nulls=False, min_count=0)
     first = texts.group_by("item", use_threads=False).aggregate(
-        [("text", "first", keep_nulls), ("category", "first", keep_nulls)]
+        [("text", "first", keep_nulls), ("category", "first", keep_nulls), ("released", "min")]
     )
-    first = first.rename_columns({"text_first": "text", "category_first": "category"})
+    first = first.rename_columns(_KEPT.names)
     category = pc.fill_null(first["category"], "")
     return first.set_column(first.schema.get_field_index("category"), "category", category)

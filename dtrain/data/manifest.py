@@ -21,7 +21,7 @@ from dtrain.data.shardtable import FileEntry, ShardTable
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "PlatformManifest"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _FILES = ("catalog", "valid", "test", "shards")
 
@@ -42,6 +42,7 @@ class PlatformManifest:
     valid_rows: int
     test_rows: int
     cold_share: float  # share of test targets that never occur in a training row, 0..1
+    dated_items: int = 0  # of which the day of release is known
     rows_read: int
     rejected: dict[str, int]  # rows dropped, by reason
     events: tuple[str, ...]  # names of event types; the event column of samples indexes it

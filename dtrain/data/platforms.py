@@ -32,6 +32,11 @@ def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{where}: {value!r} must be one of {', '.join(known)}.{nearest(value, known)}")
 
 
+def _time_format(where: str, value: str) -> None:
+    if "%" not in value:
+        _one_of(where, value, ("iso", "seconds", "milliseconds"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """Files of one shape. `.gz` and `.zip` are unpacked while reading."""
@@ -75,8 +80,7 @@ class ColumnsConfig:
     def check(self, where: str) -> None:
         _one_of(f"{where}.user_type", self.user_type, ("text", "integer"))
         _one_of(f"{where}.item_type", self.item_type, ("text", "integer"))
-        if "%" not in self.time_format:
-            _one_of(f"{where}.time_format", self.time_format, ("iso", "seconds", "milliseconds"))
+        _time_format(f"{where}.time_format", self.time_format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +130,14 @@ class CatalogConfig:
     text: str
     sources: list[SourceConfig] = field(default_factory=list)  # none: the interaction rows that count
     category: str = ""  # a template like `text`
+    released: str = ""  # column of the date from which the item is to be had, the earliest of its rows; see `arrivals`
+    released_format: str = "iso"  # as columns.time_format; a cell that isn't of it counts as a date that nobody knows
     filters: list[FilterConfig] = field(default_factory=list)
     pick: str = "first"  # first | most_frequent (ties: the text that sorts first): which of an item's rows counts
 
     def check(self, where: str) -> None:
         _one_of(f"{where}.pick", self.pick, ("first", "most_frequent"))
+        _time_format(f"{where}.released_format", self.released_format)
         for index, source in enumerate(self.sources):
             source.check(f"{where}.sources[{index}]")
         for index, rule in enumerate(self.filters):

@@ -48,6 +48,8 @@ class PrepareReport:
             dropped = f"{sum(p.rejected.values()):,}"
             cold = f"{p.cold_share:.2%}"
             rows.append((p.name, users, items, train_rows, samples, cold, p.split_fingerprint, dropped))
+            if p.dated_items:
+                reasons.append(f"{p.name}: a release date is known of {p.dated_items:,} of {p.items:,} items")
             if p.rejected:
                 listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(p.rejected.items(), key=lambda r: -r[1]))
                 reasons.append(f"{p.name} dropped {listed}")

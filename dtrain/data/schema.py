@@ -9,8 +9,17 @@ __all__ = ["CATALOG", "DAY", "EVAL", "NO_DAY", "SAMPLE", "SHARDS"]
 DAY = 86_400  # seconds
 NO_DAY = -(2**31)  # the day of what has no time
 
-#: `catalog.arrow`, one row an item, ordered by item id. `count` is the item's number of training rows.
-CATALOG = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("count", pa.int64())])
+#: `catalog.arrow`, one row an item, ordered by item id. `count` is the item's number of training rows, `released` the
+#: UTC day, counted from 1970, from which it is to be had, null where nobody knows.
+CATALOG = pa.schema(
+    [
+        ("item", pa.string()),
+        ("text", pa.string()),
+        ("category", pa.string()),
+        ("count", pa.int64()),
+        ("released", pa.int32()),
+    ]
+)
 
 #: A training sample: one window of one user's training history, oldest first; all four lists have equal length.
 #: `weight[t] > 0` makes position t a target (predicted from the positions before it); 0 makes it context only.

@@ -29,7 +29,7 @@ from dtrain.data.pairs import PairSums, add_up
 from dtrain.data.schema import DAY
 from dtrain.data.shards import ShardReader
 
-__all__ = ["DailyCounts", "TrendConfig", "Trends", "count_days", "open_trends"]
+__all__ = ["DailyCounts", "TrendConfig", "Trends", "count_days", "daily_counts", "open_trends"]
 
 _VERSION = 1  # of what is computed
 _ROWS, _PENDING = 2048, 1 << 22  # windows that are read at a time, and targets that may wait to be summed
@@ -88,8 +88,7 @@ _IN_USE: WeakValueDictionary[tuple[object, ...], Trends] = WeakValueDictionary()
 def open_trends(manifest: Manifest, platform: str, config: TrendConfig) -> Trends | None:
     """A platform's lifts; None where they are not enabled or there are no times.
 
-    Counted once from the shards and kept as `days-DIGEST`, see `derived_table`. Memory: at most 256 MiB, or two
-    snapshots.
+    Memory: at most 256 MiB, or two snapshots.
     """
     if not config.enabled:
         return None
@@ -98,15 +97,20 @@ def open_trends(manifest: Manifest, platform: str, config: TrendConfig) -> Trend
     if (found := _IN_USE.get(key)) is not None:
         return found
 
+    counts = daily_counts(manifest, platform)
+    return None if counts is None else _IN_USE.setdefault(key, _trends(counts, entry.items, config))
+
+
+def daily_counts(manifest: Manifest, platform: str) -> DailyCounts | None:
+    """Those of a platform, counted once from the shards and kept as `days-DIGEST`; None where there are no times."""
+
     def make() -> pa.RecordBatch:
-        counts = count_days(ShardReader(manifest, platform), entry.items)
+        counts = count_days(ShardReader(manifest, platform), manifest.platform(platform).items)
         return pa.record_batch([counts.day_E, counts.item_E, counts.count_E], schema=_SCHEMA)
 
     table = derived_table(manifest, platform, "days", [_VERSION], make)
     counts = DailyCounts(*(table.column(name).to_numpy() for name in _SCHEMA.names))
-    if not len(counts.day_E):
-        return None
-    return _IN_USE.setdefault(key, _trends(counts, entry.items, config))
+    return counts if len(counts.day_E) else None
 
 
 def count_days(reader: ShardReader, items: int) -> DailyCounts:

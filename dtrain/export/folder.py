@@ -4,7 +4,7 @@ config.json, model.safetensors, tokenizer files    the fine-tuned encoder
 modules.json, 1_Pooling/, sentence_bert_config.json   how SentenceTransformer pools it
 README.md, metrics.json                            the model card and the run's evaluation
 recommender/recommender.json, model.safetensors    the rest of the model and its config
-recommender/items/PLATFORM.arrow                   every item: id, text, category, count, vectors, bias, trend
+recommender/items/PLATFORM.arrow                   every item: id, text, category, count, release, vectors, bias, trend
 recommender/neighbours/PLATFORM.arrow              item-to-item weights, if the model goes with them
 """
 
@@ -27,6 +27,7 @@ from dtrain.core.storage import read_json, write_json, write_text
 from dtrain.core.world import World
 from dtrain.data.derived import write_batch
 from dtrain.data.neighbours import as_batch
+from dtrain.data.schema import NO_DAY
 from dtrain.export.card import model_card
 from dtrain.export.recommender import FORMAT, load
 from dtrain.export.target import export_folder
@@ -84,12 +85,12 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
         if not name.startswith(("encoder.", "memory."))
     }
     save_file(weights, folder / "recommender" / "model.safetensors")
-    shelves: dict[str, Tensor] = {}
+    shelves, written = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for subject in subjects(opened.manifest, "test", opened.config.model):
         shelf = open_shelf(model, text_NH, subject, torch.device("cpu"))
-        write_platform(folder, subject, shelf)
+        written[subject.name] = write_platform(folder, subject, shelf)
         shelves[subject.name] = shelf.vector_ND
-    facts = _facts(opened, model)
+    facts = _facts(opened, model, written)
     write_json(folder / "recommender" / "recommender.json", facts)
     opened.files.fetch("facts.json", "metrics*.json")
     metrics = read_metrics(opened.path, opened.commit.step)
@@ -100,7 +101,7 @@ def _write(opened: OpenRun, model: Recommender, text_NH: Tensor, folder: Path) -
     return shelves
 
 
-def _facts(opened: OpenRun, model: Recommender) -> dict[str, Any]:
+def _facts(opened: OpenRun, model: Recommender, written: dict[str, dict[str, Any]]) -> dict[str, Any]:
     config = opened.config
     encoder = dataclasses.replace(config.model.encoder, name=".")
     return {
@@ -115,6 +116,7 @@ def _facts(opened: OpenRun, model: Recommender) -> dict[str, Any]:
                 "events": list(p.events),
                 "language": p.language,
                 "split_fingerprint": p.split_fingerprint,
+                **written[name],
             }
             for name, p in opened.manifest.platforms.items()
         },
@@ -140,13 +142,14 @@ def _write_sentence_transformer(folder: Path, model: Recommender, max_tokens: in
     write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
-def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> None:
-    """Write what `open_platform` reads of one platform."""
+def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> dict[str, Any]:
+    """Write what `open_platform` reads of one platform; returns what it wants among the platform's facts."""
     columns = {
         "item": subject.catalog.items,
         "text": subject.catalog.texts,
         "category": subject.catalog.categories,
         "count": pa.array(subject.catalog.counts),
+        "released": pa.array(subject.catalog.released, pa.int32(), mask=subject.catalog.released == NO_DAY),
         "vector": _vectors(shelf.vector_ND),
         "bias": pa.array(shelf.bias_N.numpy()),
     }
@@ -163,6 +166,8 @@ def write_platform(folder: Path, subject: Subject, shelf: Shelf) -> None:
         neighbours.parent.mkdir(exist_ok=True)
         with neighbours.open("wb") as file:
             write_batch(file, as_batch(shelf.neighbours))
+    ages = shelf.arrivals
+    return {"arrivals": None if ages is None else {"lift": ages.lift_K.tolist(), "end": ages.end}}
 
 
 def _vectors(vector_ND: Tensor) -> pa.Array:

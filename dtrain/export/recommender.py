@@ -21,8 +21,10 @@ from transformers import AutoTokenizer
 from dtrain.core.config import nearest
 from dtrain.core.errors import DataError
 from dtrain.core.storage import read_json
+from dtrain.data.arrivals import Arrivals
 from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import NeighbourConfig, as_neighbours
+from dtrain.data.schema import NO_DAY
 from dtrain.data.trends import TrendConfig, Trends
 from dtrain.model.build import build_model
 from dtrain.model.config import (
@@ -40,7 +42,7 @@ from dtrain.train.shelf import Shelf
 __all__ = ["FORMAT", "Item", "LoadedRecommender", "Platform", "load", "model_config", "open_platform"]
 
 #: Version of the folder's layout.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,7 @@ def open_platform(root: Path, name: str, index: int, facts: dict[str, Any], save
             as_neighbours(_table(root / "recommender" / "neighbours" / f"{name}.arrow"), near) if near.enabled else None
         ),
         trends=_trends(table),
+        arrivals=_arrivals(table, facts["arrivals"]),
         last=saved["blend"]["texts"],
     )
     rows = {item: row for row, item in enumerate(items)}
@@ -244,6 +247,13 @@ def _trends(table: pa.Table) -> Trends | None:
     if "trend" not in table.column_names:
         return None
     return Trends(np.zeros(1, np.int64), table.column("trend").to_numpy().copy()[None])
+
+
+def _arrivals(table: pa.Table, facts: dict[str, Any] | None) -> Arrivals | None:
+    if facts is None:
+        return None
+    released_N = table.column("released").combine_chunks().fill_null(NO_DAY).to_numpy().astype(np.int64)
+    return Arrivals(released_N, np.array(facts["lift"], np.float32), facts["end"])
 
 
 def _matrix(table: pa.Table, name: str) -> Tensor:

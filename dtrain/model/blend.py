@@ -1,9 +1,10 @@
 """What goes into a score beside the model's own, and at which weights.
 
 score = own + statistics * log(1 + near / NEAR) + texts * similarity + trend * lift, and for an item never seen in
-training a head start (`near`: `dtrain.data.neighbours`; `lift`: `dtrain.data.trends`). All but the first follow from
-data or pretrained texts, so nothing of them is trained: their weights, a few numbers for each platform, are chosen on
-its valid split (`dtrain.train.blending`).
+training more weight of texts, what its age says, and a head start (`near`: `dtrain.data.neighbours`; `lift`:
+`dtrain.data.trends`; ages: `dtrain.data.arrivals`). All but the first follow from data or pretrained texts, so nothing
+of them is trained: their weights, a few numbers for each platform, are chosen on its valid split
+(`dtrain.train.blending`, `dtrain.train.headstart`).
 
 Legend: b users, N items, P platforms, H hidden size of the text encoder, C cold items.
 """
@@ -32,6 +33,8 @@ class Mix:
     texts: float = 0.0
     trend: float = 0.0
     cold_own: float = 1.0  # of the own score of a cold item, what is kept; the rest is the mean over cold items
+    cold_texts: float = 0.0  # added to the weight of texts for a cold item
+    arrivals: float = 0.0  # of the lift that a cold item has by its age
     head_start: float = 0.0  # added to the score of a cold item, in nats
 
 
@@ -47,6 +50,8 @@ class Blend(Exact):
     texts_P: Tensor
     trend_P: Tensor
     cold_own_P: Tensor
+    cold_texts_P: Tensor
+    arrivals_P: Tensor
     head_start_P: Tensor
 
     def __init__(self, config: BlendConfig, platforms: int, *, trend: float = 0.0) -> None:

@@ -24,7 +24,10 @@ __all__ = ["PlatformSize", "is_own", "take_over"]
 #: Tables in which each platform has rows of its own, one after another in platform order: what a row is of.
 _OWN = (
     (re.compile(r"items\.(id|bias)\.weight"), "item"),
-    (re.compile(r"(items|user)\.adapter\.\w+|blend\.(statistics|cold_own|head_start)_P"), "platform"),
+    (
+        re.compile(r"(items|user)\.adapter\.\w+|blend\.(statistics|cold_\w+|arrivals|head_start)_P"),
+        "platform",
+    ),
     (re.compile(r"blend\.trend_P"), "trend"),
     (re.compile(r"user\.event\.weight"), "event"),
     (re.compile(r"blend\.texts_P"), "texts"),

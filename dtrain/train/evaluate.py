@@ -23,11 +23,10 @@ from dtrain.data.manifest import Manifest
 from dtrain.model.config import ModelConfig
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import count_transitions, popularity, zero_shot
-from dtrain.train.blending import encoded_users
 from dtrain.train.bootstrap import RESAMPLES, paired_bootstrap
 from dtrain.train.metrics import COMPARED, Metrics, aggregates, gains
 from dtrain.train.ranking import BLOCK_BYTES, history_scorer
-from dtrain.train.shelf import open_shelf
+from dtrain.train.shelf import encoded_users, open_shelf
 from dtrain.train.subjects import ScorerOf, Subject, shared_ranks, split_metrics, subjects
 
 __all__ = [

@@ -16,6 +16,7 @@ from dtrain.batches.tokens import TokenCache, tokenizer_fingerprint
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.fingerprint import seed_of
+from dtrain.data.arrivals import open_arrivals
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import open_neighbours
@@ -77,6 +78,7 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
             )
             for platform in manifest.platforms if recommends else ():
                 open_trends(manifest, platform, config.model.trend)  # evaluation's, where training goes without
+                open_arrivals(manifest, platform)
                 if config.model.neighbours.enabled:
                     open_neighbours(manifest, platform, config.model.neighbours)
         comm.barrier()

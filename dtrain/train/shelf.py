@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.data.arrivals import Arrivals
 from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import ItemToItem
 from dtrain.data.trends import Trends
@@ -19,9 +20,9 @@ from dtrain.model.layers import unit
 from dtrain.model.recommender import Recommender
 from dtrain.train.ranking import Scorer, dot_scorer, history_scorer
 from dtrain.train.subjects import Subject
-from dtrain.train.vectors import item_vectors
+from dtrain.train.vectors import encode_users, item_vectors
 
-__all__ = ["Parts", "Shelf", "open_shelf"]
+__all__ = ["Parts", "Shelf", "encoded_users", "open_shelf"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,15 +33,12 @@ class Parts:
     statistics_bN: Tensor | None
     texts_bN: Tensor | None
     trend_bN: Tensor | None  # or [1, N]
+    arrival_bC: Tensor | None  # or [1, C]
     cold_C: Tensor
 
     def mixed(self, mix: Mix) -> Tensor:
         """The score at these weights, a new tensor."""
         score_bN = self.own_bN.clone()
-        if len(self.cold_C) and (mix.cold_own != 1 or mix.head_start):
-            cold_bC = score_bN[:, self.cold_C]
-            level_b1 = cold_bC.mean(1, keepdim=True) * (1 - mix.cold_own) + mix.head_start
-            score_bN[:, self.cold_C] = cold_bC * mix.cold_own + level_b1
         for part_bN, weight in (
             (self.statistics_bN, mix.statistics),
             (self.texts_bN, mix.texts),
@@ -48,7 +46,20 @@ class Parts:
         ):
             if part_bN is not None and weight:
                 score_bN.add_(part_bN, alpha=weight)
+        if len(self.cold_C):
+            score_bN[:, self.cold_C] = self.cold(mix, score_bN[:, self.cold_C])
         return score_bN
+
+    def cold(self, mix: Mix, score_bC: Tensor) -> Tensor:
+        """The scores [b, C] of cold items, from what they are without `mix.cold_own` and all that follows it."""
+        if mix.cold_own != 1:
+            own_bC = self.own_bN[:, self.cold_C]
+            score_bC = score_bC + (own_bC.mean(1, keepdim=True) - own_bC) * (1 - mix.cold_own)
+        if self.texts_bN is not None and mix.cold_texts:
+            score_bC = score_bC + self.texts_bN[:, self.cold_C] * mix.cold_texts
+        if self.arrival_bC is not None and mix.arrivals:
+            score_bC = score_bC + self.arrival_bC * mix.arrivals
+        return score_bC + mix.head_start
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +72,7 @@ class Shelf:
     cold_C: Tensor  # int64 rows of the items that never occur in training
     neighbours: ItemToItem | None
     trends: Trends | None
+    arrivals: Arrivals | None
     last: int  # items of a history whose texts are compared
 
     def parts(
@@ -71,8 +83,9 @@ class Shelf:
         `day_b`: of the requests; None: after all data. With `mix` only parts that it gives a weight.
         """
         statistics = self.neighbours if mix is None or mix.statistics else None
-        texts = self.text_NH if mix is None or mix.texts else None
+        texts = self.text_NH if mix is None or mix.texts or mix.cold_texts else None
         trends = self.trends if mix is None or mix.trend else None
+        arrivals = self.arrivals if mix is None or mix.arrivals else None
         near_bN = None if statistics is None else history_scorer(statistics, histories)(slice(0, len(histories)))
         own_bN = dot_scorer(user_bD, self.vector_ND, self.bias_N)(slice(0, len(user_bD)))
         return Parts(
@@ -80,6 +93,9 @@ class Shelf:
             statistics_bN=None if near_bN is None else log_near(near_bN).to(own_bN),
             texts_bN=None if texts is None else _profile(texts, histories, self.last) @ texts.T,
             trend_bN=None if trends is None else torch.from_numpy(trends.of(day_b)).to(own_bN),
+            arrival_bC=(
+                None if arrivals is None else torch.from_numpy(arrivals.of(day_b, self.cold_C.cpu().numpy())).to(own_bN)
+            ),
             cold_C=self.cold_C,
         )
 
@@ -112,8 +128,22 @@ def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: to
         cold_C=torch.from_numpy(np.flatnonzero(subject.catalog.counts == 0)).to(device),
         neighbours=subject.neighbours,
         trends=subject.trends,
+        arrivals=subject.arrivals,
         last=last,
     )
+
+
+def encoded_users(model: Recommender, shelf: Shelf, subject: Subject, share: slice) -> Tensor:
+    """Vectors [B, D] of a slice of the platform's users, divided by the temperature."""
+    user_BD = encode_users(
+        model,
+        shelf.vector_ND,
+        subject.users.histories[share],
+        subject.users.history_events[share],
+        platform=subject.number,
+        max_positions=model.user.max_positions,
+    )
+    return user_BD / model.current_temperature()
 
 
 def _profile(text_NH: Tensor, histories: Ragged, last: int) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dtrain.core.comm import Comm
 from dtrain.core.errors import TrainError
+from dtrain.data.arrivals import Arrivals, open_arrivals
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
@@ -40,6 +41,7 @@ class Subject:
     users: EvalSet
     neighbours: ItemToItem | None = None  # what the model's score goes with, if it is evaluated
     trends: Trends | None = None
+    arrivals: Arrivals | None = None
 
     @property
     def items(self) -> int:
@@ -82,6 +84,7 @@ def subjects(manifest: Manifest, split: str, model: ModelConfig | None = None) -
             if model and model.neighbours.enabled
             else None,
             trends=open_trends(manifest, name, model.trend) if model else None,
+            arrivals=open_arrivals(manifest, name) if model else None,
         )
         found.append(subject)
         first_row += subject.items
