@@ -168,20 +168,6 @@ def test_a_history_beyond_the_limit_names_the_key() -> None:
         user_encoder()(torch.zeros(1, 7, 8), torch.zeros(1, 7, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]))
 
 
-@pytest.mark.parametrize(
-    ("cuda", "bf16", "kernel"),
-    [(False, True, "eager"), (False, False, "sdpa"), (True, True, "sdpa"), (True, False, "sdpa")],
-)
-def test_the_attention_kernel_is_the_faster_one_on_this_machine(
-    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool, bf16: bool, kernel: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr("dtrain.model.encoder.cpu_has_fast_bf16", lambda: bf16)
-    for pretrained in (True, False):
-        encoder = Encoder(EncoderConfig(name=str(tiny_encoder), attention="auto"), pretrained=pretrained)
-        assert encoder.model.config._attn_implementation == kernel
-
-
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_text_padding_changes_no_vector_and_empty_texts_stay_finite(

@@ -179,9 +179,7 @@ def test_an_item_is_released_on_the_earliest_date_that_its_rows_give(tmp_path: P
 
 def test_dates_that_are_all_of_another_format_are_an_error_that_names_the_column(tmp_path: Path) -> None:
     shop = dated_shop(tmp_path / "raw", "%d/%m/%Y", {f"sku{i}": ["2014-05-02"] for i in range(30)})
-    with pytest.raises(
-        DataError, match=r"column 'out': none of the 30 items .*'%d/%m/%Y'; correct catalog"
-    ):
+    with pytest.raises(DataError, match=r"column 'out': none of the 30 items .*'%d/%m/%Y'; correct catalog"):
         prepare(config_of(tmp_path, {"shop": shop}))
     shop["catalog"]["released_format"] = "isso"
     with pytest.raises(ConfigError, match=r"catalog\.released_format: 'isso' must be one of iso"):

@@ -43,7 +43,7 @@ class EncoderConfig:
 
     name: str  # Hugging Face name, or a folder with config.json and model.safetensors
     pooling: str = "mean"  # how token vectors become a text's vector: mean | cls | max, over real tokens
-    attention: str = "sdpa"  # attention kernel: eager | sdpa | auto, the faster one on this machine (docs/model.md)
+    attention: str = "auto"  # attention kernel: eager | sdpa | auto, the faster one for each call (docs/model.md)
     dropout: float = 0.0  # probability; overrides every hidden and attention dropout of the encoder
     activation_checkpointing: bool = False  # recompute each layer in backward: less memory, one more forward
 

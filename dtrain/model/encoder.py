@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils.logging import disable_progress_bar
 
-from dtrain.core.cpu import cpu_has_fast_bf16
 from dtrain.core.errors import ConfigError
+from dtrain.model.attention import use_fastest
 from dtrain.model.config import EncoderConfig, FreezeConfig
 
 __all__ = ["Encoder"]
@@ -44,6 +44,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.pooling = config.pooling
         self.model = _open(config, pretrained=pretrained)
+        if config.attention == "auto":
+            use_fastest(self.model)
         if config.activation_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if isinstance(pooler := getattr(self.model, "pooler", None), nn.Module):
@@ -116,7 +118,7 @@ class Encoder(nn.Module):
 
 
 def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
-    name = config.name
+    name, kernel = config.name, None if config.attention == "auto" else config.attention
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"encoder.name={name!r}: no such folder; give one with config.json and model.safetensors")
@@ -131,14 +133,12 @@ def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
         if getattr(shape, key, None) is not None:
             setattr(shape, key, config.dropout)
     if not pretrained:
-        return AutoModel.from_config(
-            shape, attn_implementation=_kernel(config.attention), dtype=torch.float32, trust_remote_code=False
-        )
+        return AutoModel.from_config(shape, attn_implementation=kernel, dtype=torch.float32, trust_remote_code=False)
     try:
         model, info = AutoModel.from_pretrained(
             name,
             config=shape,
-            attn_implementation=_kernel(config.attention),
+            attn_implementation=kernel,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,  # a .bin file is a pickle, and reading it may run code
@@ -156,13 +156,6 @@ def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
             "them; point to a whole checkpoint"
         )
     return model
-
-
-def _kernel(attention: str) -> str:
-    """`auto` is eager on a CPU with bf16 units, where the fused kernel's backward is slow, and sdpa anywhere else."""
-    if attention != "auto":
-        return attention
-    return "eager" if cpu_has_fast_bf16() and not torch.cuda.is_available() else "sdpa"
 
 
 def _first_line(error: Exception) -> str:
