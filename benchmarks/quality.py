@@ -29,7 +29,8 @@ from benchmarks.quality_page import write_page
 from benchmarks.quality_runs import Recipe, config_of, model_job, run_model, share_of
 from benchmarks.quality_stats import Plan
 from benchmarks.quality_transfer import run_transfer, transfer_of
-from dtrain.core.errors import DtrainError
+from dtrain.core.config import nearest
+from dtrain.core.errors import ConfigError, DtrainError
 from dtrain.data.manifest import Manifest
 from dtrain.model.config import EncoderConfig
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = Recipe(path=args.config, overrides=tuple(args.overrides), ranks=args.ranks)
     try:
         plan = plan_of(recipe, [int(seed) for seed in args.seeds.split(",")], args.budget_s)
+        _check_known("--platforms", args.platforms, list(plan.manifest.platforms))
+        _check_known("--peers", args.peers, [peer.name for peer in plan.peers])
         cache, wanted = Cache(args.work), _wanted(plan, args.only, args.platforms, args.peers)
         failed = _run_all(wanted, plan, recipe, cache, args.data)
         if "table" in args.only:
@@ -82,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def _check_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {name}: is not one of {', '.join(known)}.{nearest(name, known)}")
 
 
 def peer_job(peer: Peer, manifest: Manifest, platform: str, encoder: EncoderConfig) -> Job:

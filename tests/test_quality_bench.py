@@ -381,6 +381,17 @@ def test_a_second_call_runs_nothing_again(plan: Plan, tmp_path: Path, capsys: py
     assert "2 jobs: 2 kept, 0 to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "name", "nearest"), [("--platforms", "lft", "left"), ("--peers", "bm2", "bm25")])
+def test_a_name_that_nothing_has_is_told_with_the_nearest(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str, nearest: str
+) -> None:
+    where = ["--work", str(tmp_path / "w"), "--config", str(tmp_path / "run.yaml"), "data.platforms=[left,right]"]
+    assert quality.main([*where, "--page", str(tmp_path / "page.md"), option, name]) == 2
+    assert f"{option} {name}: is not one of " in (told := capsys.readouterr().err)
+    assert f"Did you mean {nearest!r}?" in told
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_a_model_is_trained_by_the_command_line_and_ranked_as_its_own_validation_did(
     tmp_path: Path, tiny_encoder: Path, shops: Path
 ) -> None:
