@@ -26,6 +26,7 @@ import torch
 from dtrain.batches.collate import Collator
 from dtrain.core.comm import Comm, connect
 from dtrain.core.config import load_config
+from dtrain.core.cpu import keep_freed_memory
 from dtrain.core.world import World
 from dtrain.data.batch import StepBatch
 from dtrain.data.mixture import Mixture
@@ -148,6 +149,7 @@ def _agreed(comm: Comm, mine: bool) -> bool:
 def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(int(job["threads"]))
+    keep_freed_memory()  # as `dtrain train` does
     world = World.from_env()
     with connect(world) as comm:
         found = measure(load_run(job["config"], job["overrides"], job.get("platforms")), comm, job)

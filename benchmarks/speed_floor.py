@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from benchmarks.speed_engine import load_run, open_training
 from benchmarks.speed_jobs import ROOT, Cache, Settings, bf16_units, run_measurement
 from dtrain.core.comm import Comm, connect
+from dtrain.core.cpu import keep_freed_memory
 from dtrain.core.world import World
 from dtrain.data.batch import StepBatch
 from dtrain.engine.base import BaseEngine
@@ -266,6 +267,7 @@ def floor(settings: Settings, cache: Cache) -> None:
 def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(int(job["threads"]))
+    keep_freed_memory()  # as `dtrain train` does
     Path(job["out"]).write_text(json.dumps(measure(job)))
     return 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +163,22 @@ def test_memory_estimate_follows_the_stages() -> None:
     assert [total(stage)["device"] for stage in range(4)] == [16000, 9000, 7500, 6000]
     assert total(0, "fp32")["masters"] == 0
     assert total(2, offload="optimizer") | {"device": 4500, "host": 3000} == total(2, offload="optimizer")
+
+
+FAULTS = """
+import resource, sys
+from dtrain.core.cpu import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+block = bytearray(1 << 26); del block
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+block = bytearray(1 << 26); del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_for_what_is_allocated_next() -> None:
+    faults = {how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how])) for how in ("keep", "give")}
+    assert faults["keep"] < 100  # of 16,384 pages
+    assert faults["give"] > 10 * max(1, faults["keep"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dtrain.core.comm import connect
 from dtrain.core.world import World
-from dtrain.train.job import set_threads
+from dtrain.train.job import set_up_cpu
 from dtrain.train.open import read_run_config
 from dtrain.train.score import score_run
 
@@ -28,7 +28,7 @@ def evaluate(run: str, overrides: Sequence[str]) -> int:
 
         print(evaluate_on_cluster(dataclasses.replace(config, run=run), overrides))
         return 0
-    set_threads(config, world)
+    set_up_cpu(config, world)
     with connect(world, timeout_s=config.dist.timeout_s) as comm:
         table = score_run(run, comm, overrides)
     if world.is_main:

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dtrain.model.dropout import dropped
+
 __all__ = ["NAME", "by_products", "use_fastest"]
 
 #: What transformers calls it.
@@ -59,7 +61,9 @@ def attend(
         lowest = torch.finfo(weight_NATT.dtype).min
         # Adding what is small is faster than filling what is large.
         weight_NATT = weight_NATT + torch.zeros_like(mask, dtype=weight_NATT.dtype).masked_fill_(~mask, lowest)
-    weight_NATT = torch.dropout(weight_NATT.softmax(-1), dropout, module.training)
+    weight_NATT = weight_NATT.softmax(-1)
+    if dropout and module.training:
+        weight_NATT = dropped(weight_NATT, dropout)
     return (weight_NATT @ value_NATE).transpose(1, 2).contiguous(), None
 
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from dtrain.core.errors import ConfigError
 from dtrain.model.attention import use_fastest
 from dtrain.model.config import EncoderConfig, FreezeConfig
+from dtrain.model.dropout import with_cheap_dropout
 
 __all__ = ["Encoder"]
 
@@ -46,6 +47,7 @@ class Encoder(nn.Module):
         self.model = _open(config, pretrained=pretrained)
         if config.attention == "auto":
             use_fastest(self.model)
+        with_cheap_dropout(self.model)
         if config.activation_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if isinstance(pooler := getattr(self.model, "pooler", None), nn.Module):

@@ -32,17 +32,18 @@ def info_nce(
     Computed in fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats.
     """
     with torch.autocast(query_TD.device.type, enabled=False):
-        logits_TC = (query_TD.float() * scale) @ candidate_CD.float().T
-        if bias_C is not None:
-            logits_TC = logits_TC + bias_C.float()
-        if offset_TC is not None:
-            logits_TC = logits_TC + offset_TC
+        # [T, C] is the large one of a step: every pass over it counts, so what can be is added to it where it is.
+        more_C = torch.zeros_like(candidate_CD[:, 0], dtype=torch.float32) if bias_C is None else bias_C.float()
         if log_q_C is not None:
-            logits_TC = logits_TC - log_q_C.float()
+            more_C = more_C - log_q_C.float()
+        logits_TC = torch.addmm(more_C, query_TD.float() * scale, candidate_CD.float().T)
+        if offset_TC is not None:
+            logits_TC = logits_TC.add_(offset_TC)
         if group_C is not None:
             same_TC = group_C[target_T, None] == group_C
             same_TC.scatter_(1, target_T[:, None], False)
-            logits_TC = logits_TC.masked_fill(same_TC, float("-inf"))
+            with torch.no_grad():  # the softmax of what is left out is 0, and so is its gradient
+                logits_TC.masked_fill_(same_TC, float("-inf"))
         return F.cross_entropy(logits_TC, target_T, reduction="none")
 
 

@@ -67,10 +67,15 @@ class Recommender(nn.Module):
         text_UH = self._text_vectors(batch, gather)
         vector_UD, bias_U = self.items(text_UH, table.row_U, table.platform_U, table.keep_id_U)
         scale = self.temperature(vector_UD.device)
-        shared = (vector_UD, bias_U, scale)
+        # The candidates of all blocks are gathered at once: a gather costs the backward pass a gradient of all items.
+        sizes = [len(block.candidate_C) for block in batch.blocks]
+        candidate_U = torch.cat([table.row_U[:0], *(block.candidate_C for block in batch.blocks)])
+        candidates = vector_UD.index_select(0, candidate_U).split(sizes)
+        biases = bias_U[candidate_U].split(sizes)
+        shared = (vector_UD, scale, candidates, biases)
         # An empty slice of each: a zero that ties everything to the graph on a rank without a target.
         loss_P = torch.zeros(len(batch.target_weight_P), device=vector_UD.device)
-        for tensor in shared:
+        for tensor in (vector_UD, bias_U, scale):
             loss_P = loss_P + tensor[:0].sum()
         for chunk in batch.histories:
             args = (chunk, batch, *shared)
@@ -108,8 +113,16 @@ class Recommender(nn.Module):
         vector_NH: Tensor = self.memory(row_N)
         return vector_NH
 
-    def _loss(self, chunk: Histories, batch: StepBatch, vector_UD: Tensor, bias_U: Tensor, scale: Tensor) -> Tensor:
-        """[P] loss sums of one chunk of histories."""
+    def _loss(
+        self,
+        chunk: Histories,
+        batch: StepBatch,
+        vector_UD: Tensor,
+        scale: Tensor,
+        candidates: Sequence[Tensor],
+        biases: Sequence[Tensor],
+    ) -> Tensor:
+        """[P] loss sums of one chunk of histories, from vectors [C, D] and biases [C] of every block's candidates."""
         at_T = (chunk.weight_BL > 0).flatten().nonzero()[:, 0]
         history_T = at_T // chunk.weight_BL.shape[1]
         item_BLD = F.embedding(chunk.item_BL, vector_UD)
@@ -127,10 +140,10 @@ class Recommender(nn.Module):
             place_U[block.candidate_C] = torch.arange(len(block.candidate_C), device=place_U.device)
             nll_T = info_nce(
                 user_TD[here],
-                vector_UD.index_select(0, block.candidate_C),
+                candidates[index],
                 place_U[target_T[here]],
                 scale=scale,
-                bias_C=bias_U[block.candidate_C],
+                bias_C=biases[index],
                 log_q_C=block.log_q_C if self.objective.logq else None,
                 offset_TC=None if block.lift_DC is None else block.lift_DC[lift_T[here]],
                 group_C=batch.table.text_group_U[block.candidate_C],

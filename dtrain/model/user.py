@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.core.errors import ConfigError
 from dtrain.model.config import ModelConfig, UserConfig
+from dtrain.model.dropout import Dropout
 from dtrain.model.layers import Linear, PlatformAdapters
 
 __all__ = ["LastItem", "UserEncoder"]
@@ -38,7 +39,7 @@ class UserEncoder(nn.Module):
         nn.init.normal_(self.event.weight, std=0.02)
         offsets = [sum(event_counts[:p]) for p in range(platforms)]
         self.register_buffer("event_offset_P", torch.tensor(offsets), persistent=False)
-        self.dropout = nn.Dropout(config.user.dropout)
+        self.dropout = Dropout(config.user.dropout)
         self.blocks = nn.ModuleList(_Block(dim, config.user, platforms) for _ in range(config.user.layers))
         self.norm = nn.LayerNorm(dim)
         self.adapter = PlatformAdapters(platforms, dim, config.adapter.rank) if config.adapter.enabled else None
@@ -102,7 +103,7 @@ class _Block(nn.Module):
         self.norm_attention, self.norm_feedforward = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = _Attention(dim, config, platforms)
         self.widen, self.narrow = Linear(dim, config.feedforward), Linear(config.feedforward, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BLD: Tensor, platform_B: Tensor, last_B: Tensor | None = None) -> Tensor:
         """[B, L, D], or [B, 1, D] of position `last_B` alone."""
@@ -121,7 +122,7 @@ class _Attention(nn.Module):
         self.heads = config.heads
         self.query, self.key_value = Linear(dim, dim), Linear(dim, 2 * dim)
         self.out = Linear(dim, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # Slopes from 1 (the near past only) to 1/64 (almost all of it alike), as measured best on MovieLens-100K.
         slope_A = 2.0 ** -torch.linspace(0, 6, config.heads)
         penalty_LA = -torch.arange(config.max_positions)[:, None] * slope_A

@@ -17,7 +17,7 @@ from dtrain.core.world import World
 from dtrain.orchestrate.gauges import Gauges
 from dtrain.orchestrate.reports import Report, report_of
 from dtrain.train.config import RunConfig
-from dtrain.train.job import Start, run_job, set_threads
+from dtrain.train.job import Start, run_job, set_up_cpu
 from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import PREEMPTION
 from dtrain.train.score import score_run
@@ -61,7 +61,7 @@ def training(task: dict[str, Any], world: World) -> tuple[str, str]:
 def evaluating(task: dict[str, Any], world: World) -> tuple[str, str]:
     """Evaluate. The result is the table."""
     config: RunConfig = task["config"]
-    set_threads(config, world)
+    set_up_cpu(config, world)
     with connect(world, timeout_s=config.dist.timeout_s) as comm:
         return score_run(config.run, comm, task["overrides"]), ""
 

@@ -19,6 +19,7 @@ from dtrain.checkpoint.commits import Commit
 from dtrain.checkpoint.store import CheckpointStore
 from dtrain.core.comm import Comm, connect, lost_rank
 from dtrain.core.config import dump_yaml
+from dtrain.core.cpu import keep_freed_memory
 from dtrain.core.errors import ConfigError, LostRank
 from dtrain.core.fingerprint import seed_of
 from dtrain.core.world import World
@@ -41,7 +42,7 @@ from dtrain.train.stopflag import StopFlag
 from dtrain.train.transfer import choose_trained, start_from
 from dtrain.train.validation import validator
 
-__all__ = ["Start", "run_job", "set_threads"]
+__all__ = ["Start", "run_job", "set_up_cpu"]
 
 log = logging.getLogger("dtrain")
 
@@ -64,7 +65,7 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start
     """
     config = config.completed()
     stop, start = stop or StopFlag(), start or Start()
-    set_threads(config, world)
+    set_up_cpu(config, world)
     folder = RunFolder(config.run, writes=world.is_main, observer=start.observer)
     open_log(folder, world.rank)
     folder.begin()
@@ -93,10 +94,12 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start
         folder.close()
 
 
-def set_threads(config: RunConfig, world: World) -> None:
-    """The same number of CPU threads for a rank under every launcher."""
+def set_up_cpu(config: RunConfig, world: World) -> None:
+    """The same number of threads for a rank under every launcher; where it trains on a CPU, memory that stays."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.dist.threads or max(1, cores // world.local_size))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start: Start) -> str:
