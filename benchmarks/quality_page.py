@@ -17,6 +17,7 @@ from dtrain.train.bootstrap import Interval
 __all__ = ["render", "write_page"]
 
 _NOT_RUN = "not run"
+_OF_COLD = (("joint", "our joint model"), ("untuned", "untuned encoder"), ("bm25", "BM25"), ("newest", "newest first"))
 
 
 def write_page(plan: Plan, cache: Cache, page: Path) -> None:
@@ -157,12 +158,15 @@ def _cold(numbers: Numbers) -> str:
     for platform in COLD_SLICES:
         if platform not in numbers.plan.manifest.platforms:
             continue
+        dated = numbers.plan.manifest.platform(platform).dated_items
         users = int(numbers.cold(platform).sum())
-        for name, title in (("joint", "our joint model"), ("untuned", "untuned encoder"), ("bm25", "BM25")):
+        for name, title in _OF_COLD if dated else _OF_COLD[:-1]:
             against = "" if name == "joint" else _interval(numbers.against(name, platform, cold=True), "+.4f")
             metrics = (_value(numbers.cold_mean(name, platform, metric)) for metric in ("ndcg@10", "recall@10"))
             rows.append((platform, f"{users:,}", title, *metrics, against))
-    return table(("platform", "users", "", "NDCG@10", "Recall@10", "joint - it, NDCG@10"), rows)
+    dated = [name for name, entry in numbers.plan.manifest.platforms.items() if entry.dated_items]
+    told = f"Release dates are known on {', '.join(dated)}: our models read them there." if dated else ""
+    return table(("platform", "users", "", "NDCG@10", "Recall@10", "joint - it, NDCG@10"), rows) + f"\n\n{told}"
 
 
 def _choices(numbers: Numbers) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from benchmarks.peers.neighbours import itemknn, recent, transitions
+from benchmarks.peers.neighbours import itemknn, newest, recent, transitions
 from benchmarks.peers.registry import Peer, search, tune
 from benchmarks.peers.sasrec import SasRec, SasRecConfig, epoch_batches, train_sasrec
 from benchmarks.peers.side import ALONE, Side
@@ -31,7 +31,7 @@ from dtrain.model.config import EncoderConfig
 from dtrain.train import baselines
 from dtrain.train.metrics import gains
 from dtrain.train.ranking import history_scorer
-from tests.eval_toys import prepared, train_counts
+from tests.eval_toys import prepared, released_of, train_counts
 from tests.test_trends import interactions, lift_by_hand, span
 from tests.train_toys import run_config
 
@@ -121,6 +121,22 @@ def test_popularity_of_late_is_of_what_was_wanted_before_the_day(tmp_path: Path)
         by_hand = np.log(usual[wanted]) + lift_by_hand("left", min(day, end), TrendConfig(**params))[wanted]
         np.testing.assert_allclose(score[wanted], by_hand, atol=1e-5)
     timeless = scores(recent(side)(params, users.histories, None), users.histories)
+    assert timeless.tolist() == [side.counts.tolist()] * len(users)
+
+
+def test_the_newest_that_is_out_comes_first(tmp_path: Path) -> None:
+    side = Side.open(prepared(tmp_path), "right", ENCODER, tmp_path)
+    users = side.users["test"]
+    assert users.days is not None
+    for score_N, day in zip(
+        scores(newest(side)({}, users.histories, users.days), users.histories), users.days.tolist()
+    ):
+        out = [(day - when, row) for row, when in enumerate(released_of("right")) if when is not None and when <= day]
+        assert 0 < len(out) < side.items
+        ages = [age for age, _ in sorted(out)]
+        order = np.argsort(-score_N, kind="stable")
+        assert [dict(map(reversed, out))[row] for row in order[: len(out)].tolist()] == ages
+    timeless = scores(newest(side)({}, users.histories, None), users.histories)
     assert timeless.tolist() == [side.counts.tolist()] * len(users)
 
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.side import ALONE, Side, tail
+from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import Ragged
+from dtrain.data.schema import NO_DAY
 from dtrain.data.shards import ShardReader
 from dtrain.data.trends import TrendConfig, Trends, count_days, open_trends
 from dtrain.train import baselines
 from dtrain.train.baselines import count_transitions
 from dtrain.train.ranking import Scorer
 
-__all__ = ["asked", "itemknn", "popularity", "recent", "transitions"]
+__all__ = ["asked", "itemknn", "newest", "popularity", "recent", "transitions"]
 
 #: Above this share of non-zeros a dense matrix is faster to multiply by.
 _DENSE = 0.1
@@ -47,6 +49,24 @@ def recent(side: Side) -> Any:
         if trends is None or day_B is None:
             return baselines.popularity(side.counts)
         return lambda rows: torch.from_numpy(usual_N + trends.of(day_B[rows]))
+
+    return scorer
+
+
+def newest(side: Side) -> Any:
+    """What came out last before the end of the request's day comes first. Popularity where nobody knows releases or
+    times."""
+    released_N = Catalog.open(side.manifest, side.name).released
+
+    def scorer(params: dict[str, float], histories: Ragged, day_B: np.ndarray | None) -> Scorer:
+        if day_B is None or (released_N == NO_DAY).all():
+            return baselines.popularity(side.counts)
+
+        def scores(rows: slice) -> torch.Tensor:
+            score_bN = released_N[None] - day_B[rows, None].astype(float)
+            return torch.from_numpy(np.where((score_bN > 0) | (released_N == NO_DAY), -1e9, score_bN))
+
+        return scores
 
     return scorer
 

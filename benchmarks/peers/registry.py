@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.neighbours import itemknn, popularity, recent, transitions
+from benchmarks.peers.neighbours import itemknn, newest, popularity, recent, transitions
 from benchmarks.peers.sasrec import SasRecConfig, sasrec
 from benchmarks.peers.side import TEXT_TOKENS, TUNED_USERS, Side
 from benchmarks.peers.texts import LAST, bm25, untuned
@@ -27,6 +27,7 @@ _RECENCY: Grid = {"last": (0, 1, 3, 5, 10, 20, 50), "decay": (0.0, 0.25, 0.5, 1.
 _GRIDS: Mapping[str, Grid] = {
     "popularity": {},
     "recent": {"days": (14.0, 3.0, 7.0, 30.0, 90.0, 365.0), "prior": (10.0, 0.1, 1.0, 100.0)},
+    "newest": {},
     "itemknn_cosine": {**_RECENCY, "source": (0.5,), "target": (0.5,)},
     "itemknn": {
         "target": (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8),
@@ -92,6 +93,7 @@ def peers(seconds: float) -> tuple[Peer, ...]:
     return (
         quick("popularity", "popularity", popularity),
         quick("recent", "popularity of late, as of the request", recent),
+        quick("newest", "newest release first, as of the request", newest),
         quick("itemknn_cosine", "itemKNN cosine, tuned recency", itemknn),
         quick("itemknn", "itemKNN, tuned exponents too", itemknn),
         quick("transitions", "transitions, window 5", transitions),
