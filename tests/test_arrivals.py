@@ -25,7 +25,7 @@ def lifts_by_hand(wanted: list[tuple[int, int]], released_N: list[int | None]) -
                 chances_K[kind] += 1
                 found_K[kind] += target == item
     rate = found_K.sum() / chances_K.sum()
-    return np.log((found_K + 10) / (chances_K * rate + 10))
+    return np.log((found_K + 1) / (chances_K * rate + 1))
 
 
 def opened(root: Path) -> Arrivals:

@@ -2,8 +2,8 @@
 
 The rate of an age is first interactions over chances: of all requests that training predicts, made on days on which the
 item was still without one and of that age, the share that was for it (a discrete-time hazard; Cox, "Regression Models
-and Life-Tables", 1972). Ages are days since the release, negative before it, in classes. lift = log(rate of the age /
-rate of all): 0 for an item whose release nobody knows.
+and Life-Tables", 1972). Ages are days since the release, negative before it, in classes. lift = log((first interactions
+at the age + 1) / (those that its chances would give at the rate of all + 1)): 0 for an item whose release nobody knows.
 
 An item that never occurs in training has no trend and no statistics; its age at the request is what data say of it.
 
@@ -26,7 +26,7 @@ __all__ = ["AGES", "Arrivals", "count_arrivals", "open_arrivals"]
 #: Days since the release from which each class but the first begins.
 AGES = (-365, -90, -1, 3, 7, 14, 30, 60, 120, 240, 480, 960)
 
-_PRIOR = 10.0  # first interactions at the rate of all that every class has beforehand
+_PRIOR = 1.0  # first interaction at the rate of all that every class has beforehand
 
 
 @dataclass(frozen=True, slots=True, eq=False)

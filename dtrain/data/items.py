@@ -176,19 +176,23 @@ def _grouped(table: pa.Table) -> pa.Table:
 
 
 def _pick(texts: pa.Table, pick: str) -> pa.Table:
-    """One row an item: the first met, or that of the most frequent text (ties: the text that sorts first)."""
+    """One row an item: the first met, or that of the most frequent text (ties: the text that sorts first).
+
+    Released on the earliest date of all of its rows.
+    """
+    dates = texts.group_by("item", use_threads=False).aggregate([("released", "min")])
     if pick == "most_frequent":
         known = texts.filter(pc.is_valid(texts["text"]))
         counted = known.group_by(["item", "text"], use_threads=False).aggregate(
-            [("rows", "sum"), ("category", "first"), ("released", "min")]
+            [("rows", "sum"), ("category", "first")]
         )
-        texts = counted.rename_columns(["item", "text", "rows", "category", "released"]).sort_by(
+        texts = counted.rename_columns(["item", "text", "rows", "category"]).sort_by(
             [("item", "ascending"), ("rows", "descending"), ("text", "ascending")]
         )
     keep_nulls = pc.ScalarAggregateOptions(skip_nulls=False, min_count=0)
     first = texts.group_by("item", use_threads=False).aggregate(
-        [("text", "first", keep_nulls), ("category", "first", keep_nulls), ("released", "min")]
+        [("text", "first", keep_nulls), ("category", "first", keep_nulls)]
     )
-    first = first.rename_columns(_KEPT.names)
-    category = pc.fill_null(first["category"], "")
-    return first.set_column(first.schema.get_field_index("category"), "category", category)
+    item, text, category = first.columns
+    released = dates["released_min"].take(pc.index_in(item, dates["item"].combine_chunks()))
+    return pa.table([item, text, pc.fill_null(category, ""), released], schema=_KEPT)

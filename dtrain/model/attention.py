@@ -27,8 +27,8 @@ _SHORT = 256  # tokens; at 512 the fused kernel is the faster one
 
 
 def use_fastest(model: Any) -> None:
-    """Let a BERT-like model attend by `attend`, if it is of a family that can be told how."""
-    if getattr(model, "_supports_attention_backend", False):
+    """Let a BERT-like model attend by `attend`, if it would by the fused kernel and is of a family that can be told."""
+    if getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 

@@ -37,6 +37,6 @@ def with_cheap_dropout(module: nn.Module) -> None:
     """Put `Dropout` in the place of every `torch.nn.Dropout` below."""
     for name, part in module.named_children():
         if type(part) is nn.Dropout:
-            setattr(module, name, Dropout(part.p))
+            setattr(module, name, Dropout(part.p).train(part.training))
         else:
             with_cheap_dropout(part)

@@ -6,7 +6,7 @@ L positions, T targets, C candidates, P platforms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +67,7 @@ class Recommender(nn.Module):
         text_UH = self._text_vectors(batch, gather)
         vector_UD, bias_U = self.items(text_UH, table.row_U, table.platform_U, table.keep_id_U)
         scale = self.temperature(vector_UD.device)
-        # The candidates of all blocks are gathered at once: a gather costs the backward pass a gradient of all items.
-        sizes = [len(block.candidate_C) for block in batch.blocks]
-        candidate_U = torch.cat([table.row_U[:0], *(block.candidate_C for block in batch.blocks)])
-        candidates = vector_UD.index_select(0, candidate_U).split(sizes)
-        biases = bias_U[candidate_U].split(sizes)
-        shared = (vector_UD, scale, candidates, biases)
+        shared = (vector_UD, scale, *_candidates(batch, vector_UD, bias_U))
         # An empty slice of each: a zero that ties everything to the graph on a rank without a target.
         loss_P = torch.zeros(len(batch.target_weight_P), device=vector_UD.device)
         for tensor in (vector_UD, bias_U, scale):
@@ -119,8 +114,8 @@ class Recommender(nn.Module):
         batch: StepBatch,
         vector_UD: Tensor,
         scale: Tensor,
-        candidates: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        candidates: Mapping[int, Tensor],
+        biases: Mapping[int, Tensor],
     ) -> Tensor:
         """[P] loss sums of one chunk of histories, from vectors [C, D] and biases [C] of every block's candidates."""
         at_T = (chunk.weight_BL > 0).flatten().nonzero()[:, 0]
@@ -184,3 +179,17 @@ class Recommender(nn.Module):
     def current_temperature(self) -> float:
         """The temperature that scores are divided by."""
         return 1.0 / float(self.temperature(torch.device("cpu")))
+
+
+def _candidates(batch: StepBatch, vector_UD: Tensor, bias_U: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Vectors [C, D] and biases [C] of the candidates of each block that this rank has a history in, by its number.
+
+    They are gathered at once: each gather costs the backward pass a gradient of all items. `embedding` sums that of a
+    row in several blocks in a fixed order, on CUDA too.
+    """
+    blocks = torch.cat([vector_UD.new_empty(0, dtype=torch.int64), *(chunk.block_B for chunk in batch.histories)])
+    numbers = torch.unique(blocks).tolist()
+    sizes = [len(batch.blocks[number].candidate_C) for number in numbers]
+    row_C = torch.cat([batch.table.row_U[:0], *(batch.blocks[number].candidate_C for number in numbers)])
+    vectors, biases = torch.split(F.embedding(row_C, vector_UD), sizes), torch.split(bias_U[row_C], sizes)
+    return dict(zip(numbers, vectors, strict=True)), dict(zip(numbers, biases, strict=True))

@@ -46,7 +46,7 @@ class Parts:
         ):
             if part_bN is not None and weight:
                 score_bN.add_(part_bN, alpha=weight)
-        if len(self.cold_C):
+        if len(self.cold_C) and (mix.cold_own != 1 or mix.cold_texts or mix.arrivals or mix.head_start):
             score_bN[:, self.cold_C] = self.cold(mix, score_bN[:, self.cold_C])
         return score_bN
 
