@@ -138,7 +138,10 @@ def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
     assert run_ranks(2, tmp_path, _fit_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
 
 
-@pytest.mark.parametrize(("key", "value"), [("texts", -1), ("cold_weight", 0), ("cold_weight", float("inf"))])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("texts", -1), ("cold_weight", 0), ("cold_weight", float("inf")), ("cold_cost", -0.1), ("cold_cost", 1.0)],
+)
 def test_a_config_that_cannot_be_is_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"blend\.{key}={value}"):
         BlendConfig(**{key: value})  # type: ignore[arg-type]

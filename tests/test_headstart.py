@@ -80,29 +80,35 @@ def opened(case: Case) -> tuple[Subject, Shelf]:
     return wanting(subject, wishes), open_shelf(case.model, case.texts, subject, ALONE.device)
 
 
-def chosen(case: Case, comm: Comm = ALONE, *, weight: float = 4.0, most: int = 2048, metric: str = "mrr") -> Mix:
+def chosen(case: Case, comm: Comm = ALONE, *, weight: float = 4.0, cost: float = 0.99, most: int = 2048) -> Mix:
     subject, shelf = opened(case)
-    kept, case.model.blend.config = case.model.blend.config, BlendConfig(cold_weight=weight)
+    kept, case.model.blend.config = case.model.blend.config, BlendConfig(cold_weight=weight, cold_cost=cost)
     try:
-        return with_head_start(case.model, shelf, subject, comm, MIX, metric=metric, most=most)
+        return with_head_start(case.model, shelf, subject, comm, MIX, metric="mrr", most=most)
     finally:
         case.model.blend.config = kept
 
 
-@pytest.mark.parametrize("weight", [0.5, 4.0])
-def test_no_other_mix_serves_all_users_better_where_some_count_more(case: Case, weight: float) -> None:
+@pytest.mark.parametrize(("weight", "cost"), [(0.5, 0.99), (4.0, 0.99), (50.0, 0.0)])
+def test_of_all_mixes_that_cost_no_more_none_serves_all_users_better_where_some_count_more(
+    case: Case, weight: float, cost: float
+) -> None:
     subject, _ = opened(case)
     cold_B = subject.catalog.counts[subject.users.targets] == 0
+    nothing = gains(ranks_at(case, subject, MIX), "mrr").sum()
 
     def value(mix: Mix) -> float:
-        return float((gains(ranks_at(case, subject, mix), "mrr") * np.where(cold_B, weight, 1)).sum())
+        gain_B = gains(ranks_at(case, subject, mix), "mrr")
+        return float((gain_B * np.where(cold_B, weight, 1)).sum()) if gain_B.sum() >= (1 - cost) * nothing else -1.0
 
-    found = chosen(case, weight=weight)
+    found = chosen(case, weight=weight, cost=cost)
     assert (found.statistics, found.texts, found.trend) == (MIX.statistics, MIX.texts, MIX.trend)
-    best = max(
+    values = [
         value(replace(MIX, cold_own=own, cold_texts=texts, arrivals=arrivals, head_start=start))
         for own, texts, arrivals, start in product(COLD_OWN, COLD_TEXTS, ARRIVALS, HEAD_STARTS)
-    )
+    ]
+    best = max(values)
+    assert (min(values) == -1) == (cost == 0)  # some are too dear
     assert value(found) == pytest.approx(best, rel=1e-6)
     assert best > value(MIX)
 

@@ -97,12 +97,15 @@ class BlendConfig:
     """What goes into a score beside the model's own, item-to-item statistics (`neighbours`) and `trend`."""
 
     texts: int = 5  # last items of a history whose texts an item's text is compared with; 0: none
-    cold_weight: float = 4.0  # as how many others a user counts whose next item is new, see `train.headstart`
+    cold_weight: float = 5.0  # as how many others a user counts whose next item is new, see `train.headstart`
+    cold_cost: float = 0.02  # share of a platform's valid metric that new items may cost all of its users at most
 
     def __post_init__(self) -> None:
         _at_least("blend.texts", self.texts, 0)
         if not 0 < self.cold_weight < float("inf"):
-            raise ConfigError(f"blend.cold_weight={self.cold_weight} is no weight; use e.g. 1 (all users alike) or 4")
+            raise ConfigError(f"blend.cold_weight={self.cold_weight} is no weight; use e.g. 1 (all users alike) or 5")
+        if not 0 <= self.cold_cost < 1:
+            raise ConfigError(f"blend.cold_cost={self.cold_cost} is no share; use 0 (it may cost nothing) <= cost < 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,11 @@
 """Choosing, for a platform, what items get that never occur in training: a head start, more of texts, and their age.
 
 A full softmax teaches that such items are never right, so that a model ranks them by chance or worse. What they are
-given makes users whose next item is one of them happier at the others' cost. The exchange is decided by one number,
-`model.blend.cold_weight`: of all that is tried, that mix is taken at which the mean of `metric` over valid users is
-best, where a user whose target is such an item counts as so many others.
+given makes users whose next item is one of them happier at the others' cost. Two numbers decide the exchange: of all
+that is tried, that mix is taken at which the mean of `metric` over valid users is best, where a user whose target is
+such an item counts as `model.blend.cold_weight` others, of those at which the mean where all count alike is at most the
+share `model.blend.cold_cost` below that of giving nothing. Where few want such items the weight decides, so that
+little is paid for them; where many do, what is paid grows about as fast as what is had, and the cost decides.
 
 Legend: B users, b users of a block, w those of them with a cold target, N items, C cold items, S head starts, M mixes.
 """
@@ -71,11 +73,11 @@ def with_head_start(
         return np.concatenate(found)
 
     rank_BMS = shared(picked, compute, comm)
-    # Of the whole platform's warm and cold users alike as many as these stand for.
-    weight_B = np.where(cold_B[rows], model.blend.config.cold_weight * cold_B.sum() / cold_B[rows].sum(), 0.0)
-    if not cold_B[rows].all():
-        weight_B[~cold_B[rows]] = (~cold_B).sum() / (~cold_B[rows]).sum()
-    value_MS = np.tensordot(weight_B, gains(rank_BMS, metric), 1)
+    gain_BMS, is_cold_B, config = gains(rank_BMS, metric), cold_B[rows], model.blend.config
+    cold_MS = gain_BMS[is_cold_B].mean(0) * cold_B.sum()  # sums over the users of the whole platform
+    warm_MS = gain_BMS[~is_cold_B].mean(0) * (~cold_B).sum() if not is_cold_B.all() else np.zeros_like(cold_MS)
+    all_MS = warm_MS + cold_MS
+    value_MS = np.where(all_MS >= (1 - config.cold_cost) * all_MS[0, 0], warm_MS + config.cold_weight * cold_MS, -1)
     best, start = np.unravel_index(int(np.argmax(value_MS)), value_MS.shape)
     return replace(mixes[best], head_start=HEAD_STARTS[start])
 
