@@ -72,7 +72,15 @@ RULES = (
         "decide what a step computes from its samples",
     ),
     Rule(
-        ("evaluate.retriever", "train.aggregate", "train.metric", "train.valid_remembered", "train.valid_users"),
+        (
+            "evaluate.retriever",
+            "model.blend.cold_cost",
+            "model.blend.cold_weight",
+            "train.aggregate",
+            "train.metric",
+            "train.valid_remembered",
+            "train.valid_users",
+        ),
         "best",
         "decide what a validation measures",
     ),
