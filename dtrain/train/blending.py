@@ -41,7 +41,7 @@ def fit_blend(
     Statistics, texts and trend in turn get the weight at which the mean of 1 / log2(1 + rank) is best: NDCG of the
     whole ranking, in which every user has a say. What items that never occurred in training get is chosen after that,
     by `metric`, see `dtrain.train.headstart`. `platforms` are of the valid split; `max_users` bounds the users of each
-    that are looked at (0: all), and so does _USERS.
+    that are looked at (0: all), and so does _USERS; those with a cold target may come on top, at most as many again.
     """
     most = min(max_users or _USERS, _USERS)
     for subject in platforms:
