@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -156,3 +156,23 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
         return code, "".join(capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Any:
+    """The `Case` of tests.eval_cases over the folder of tests.eval_toys."""
+    from tests.eval_cases import open_case  # these import from here
+    from tests.eval_toys import prepared
+
+    root = tmp_path_factory.mktemp("data")
+    prepared(root)
+    return open_case(root, tiny_encoder)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toys are slower on two, and other tests keep what they had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ from dtrain.train.blending import STATISTICS, TEXTS, TRENDS, fit_blend
 from dtrain.train.shelf import encoded_users, open_shelf
 from dtrain.train.subjects import Subject, shared_ranks, subjects
 from tests.eval_cases import Case, open_case
-from tests.eval_toys import PLATFORMS, prepared
+from tests.eval_toys import PLATFORMS
 from tests.ranks import run_ranks
 from tests.test_trends import lift_by_hand
 
@@ -31,13 +31,6 @@ ALONE = Comm(World(), torch.device("cpu"))
 NEIGHBOURS = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
 BESIDE = ModelConfig(encoder=EncoderConfig(name="none"), neighbours=NEIGHBOURS)
 NEUTRAL = {"cold_own": 1.0, "cold_texts": 0.0, "arrivals": 0.0, "head_start": 0.0}
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
-    root = tmp_path_factory.mktemp("data")
-    prepared(root)
-    return open_case(root, tiny_encoder)
 
 
 def near_by_hand(subject: Subject, user: int) -> np.ndarray:

@@ -23,18 +23,11 @@ from dtrain.train.subjects import shared_ranks, subjects
 from dtrain.train.table import render_table
 from dtrain.train.vectors import encode_catalog, length_batches
 from tests.eval_cases import MAX_POSITIONS, Case, open_case
-from tests.eval_toys import PLATFORMS, item_texts, prepared, targets_of, train_counts, user_sequences
+from tests.eval_toys import PLATFORMS, item_texts, targets_of, train_counts, user_sequences
 from tests.ranks import run_ranks
 
 ALONE = Comm(World(), torch.device("cpu"))
 CONFIG = EvaluateConfig(resamples=1000, batch_tokens=200, block_bytes=2000)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
-    root = tmp_path_factory.mktemp("data")
-    prepared(root)
-    return open_case(root, tiny_encoder)
 
 
 def by_hand(case: Case, platform: str) -> list[int]:

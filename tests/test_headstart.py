@@ -21,19 +21,11 @@ from dtrain.train.ranking import ranks_in_block
 from dtrain.train.shelf import Parts, Shelf, open_shelf
 from dtrain.train.subjects import Subject, subjects
 from tests.eval_cases import Case, open_case
-from tests.eval_toys import prepared
 from tests.ranks import run_ranks
 from tests.test_blending import BESIDE, ranks_at
 
 ALONE = Comm(World(), torch.device("cpu"))
 MIX = Mix(statistics=0.5, texts=2.0, trend=0.25)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Case:
-    root = tmp_path_factory.mktemp("data")
-    prepared(root)
-    return open_case(root, tiny_encoder)
 
 
 def some_parts(users: int, items: int, cold: int) -> Parts:

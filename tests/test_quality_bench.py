@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import quality
 from benchmarks.quality_goals import goals
@@ -24,13 +22,8 @@ from tests.train_toys import run_config
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Toys are slower on two, and other tests keep what they had."""
-    threads = torch.get_num_threads()
+def by_one_thread(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "_THREADS", 1)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def job(**changes: Any) -> Job:

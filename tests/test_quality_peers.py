@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality
 from benchmarks.peers.neighbours import itemknn, newest, recent, transitions
 from benchmarks.peers.registry import Peer, search, tune
 from benchmarks.peers.sasrec import SasRec, SasRecConfig, epoch_batches, train_sasrec
@@ -30,14 +28,7 @@ from tests.test_trends import interactions, lift_by_hand, span
 ENCODER = EncoderConfig(name="somewhere/encoder")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Toys are slower on two, and other tests keep what they had."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(quality, "_THREADS", 1)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ragged(*lists: list[int]) -> Ragged:

@@ -1,4 +1,4 @@
-"""What this machine's CPU can do."""
+"""What this machine's CPU can do, and that what was freed stays with a process that computes on it."""
 
 from __future__ import annotations
 

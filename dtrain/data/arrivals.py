@@ -7,7 +7,8 @@ at the age + 1) / (those that its chances would give at the rate of all + 1)): 0
 
 An item that never occurs in training has no trend and no statistics; its age at the request is what data say of it.
 
-Legend of shape suffixes: N items, K classes of age, b requests, C items asked for.
+Legend of shape suffixes: N items, K classes of age, E pairs of a day and an item, F those that are an item's first,
+b requests, C items asked for.
 """
 
 from __future__ import annotations
@@ -65,11 +66,10 @@ def count_arrivals(counts: DailyCounts, released_N: np.ndarray) -> Arrivals:
     last_N = np.minimum(first_N[dated_N] + 1, end)
     edge_NK = np.column_stack([np.full(len(dated_N), start), np.clip(cut_NK, start, last_N[:, None]), last_N])
     chances_K = np.diff(before[edge_NK - start], axis=1).sum(0)
-    on_first_E = first_N[counts.item_E] == counts.day_E
-    item_E = counts.item_E[on_first_E & (released_N[counts.item_E] != NO_DAY)]
-    count_E = counts.count_E[on_first_E & (released_N[counts.item_E] != NO_DAY)]
-    class_E = np.searchsorted(AGES, first_N[item_E] - released_N[item_E], side="right")
-    found_K = np.bincount(class_E, weights=count_E, minlength=len(AGES) + 1)
+    counts_E = (first_N[counts.item_E] == counts.day_E) & (released_N[counts.item_E] != NO_DAY)
+    item_F = counts.item_E[counts_E]
+    class_F = np.searchsorted(AGES, first_N[item_F] - released_N[item_F], side="right")
+    found_K = np.bincount(class_F, weights=counts.count_E[counts_E], minlength=len(AGES) + 1)
     if not found_K.sum():
         return Arrivals(released_N, np.zeros(len(AGES) + 1, np.float32), end)
     rate = found_K.sum() / chances_K.sum()

@@ -17,13 +17,14 @@ from dtrain.data.filters import apply_filters
 from dtrain.data.interactions import Tally, clean_interactions
 from dtrain.data.platforms import CatalogConfig, PlatformConfig
 from dtrain.data.readers import read_tables
+from dtrain.data.schema import DAY
 from dtrain.data.sources import OnBytes, SourceFile
 from dtrain.data.spill import Spill, read_bucket
 from dtrain.data.template import Template
 
 __all__ = ["ItemTexts", "build_items", "item_ids"]
 
-_DAY_US = 86_400_000_000
+_DAY_US = DAY * 1_000_000
 _KEPT = pa.schema([("item", pa.string()), ("text", pa.string()), ("category", pa.string()), ("released", pa.int32())])
 _TEXTS = _KEPT.append(pa.field("rows", pa.int64()))
 

@@ -60,16 +60,12 @@ def with_head_start(
     ]
 
     def compute(share: slice) -> np.ndarray:
-        users = picked.users
-        user_BD, histories, day_B = (
-            encoded_users(model, shelf, picked, share),
-            users.histories[share],
-            picked.days(share),
-        )
+        user_BD, day_B = encoded_users(model, shelf, picked, share), picked.days(share)
+        histories, target_B = picked.users.histories[share], picked.users.targets[share]
         found = [np.zeros((0, len(mixes), len(HEAD_STARTS)), np.int64)]
         for block in blocks(len(user_BD), subject.items, BLOCK_BYTES):
             parts = shelf.parts(user_BD[block], histories[block], None if day_B is None else day_B[block])
-            found.append(ranks_at_starts(parts, mixes, users.targets[share][block], histories[block]))
+            found.append(ranks_at_starts(parts, mixes, target_B[block], histories[block]))
         return np.concatenate(found)
 
     rank_BMS = shared(picked, compute, comm)
