@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetMo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dtrain.model import attention
-from dtrain.model.attention import NAME, attend, by_products
+from dtrain.model.attention import NAME, attend, by_products, use_fastest
 from dtrain.model.config import EncoderConfig
 from dtrain.model.encoder import Encoder
 from tests.model_toys import tokens
@@ -123,3 +124,12 @@ def test_families_that_attend_in_their_own_way_are_left_alone(tmp_path: Path) ->
         assert (encoder.model.config._attn_implementation == NAME) == (name == "told")
         with torch.autocast("cpu", torch.bfloat16):
             encoder(ids, mask).sum().backward()
+
+
+@pytest.mark.parametrize(("kernel", "told"), [("sdpa", [NAME]), ("eager", [])])
+def test_a_model_that_would_not_use_the_fused_kernel_keeps_its_own(kernel: str, told: list[str]) -> None:
+    """Families with attention sinks or capped logits refuse it, though they can be told how to attend."""
+    seen: list[str] = []
+    config = SimpleNamespace(_attn_implementation=kernel)
+    use_fastest(SimpleNamespace(_supports_attention_backend=True, config=config, set_attn_implementation=seen.append))
+    assert seen == told

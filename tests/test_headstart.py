@@ -133,3 +133,18 @@ def _choose_on_ranks(comm: Comm, root: str, encoder: str) -> Mix:
 def test_two_ranks_choose_what_one_does(case: Case, tmp_path: Path) -> None:
     expected = chosen(case, most=6)
     assert run_ranks(2, tmp_path, _choose_on_ranks, str(case.manifest.root), str(case.encoder)) == [expected] * 2
+
+
+@pytest.mark.parametrize(("cost", "start"), [(0.0, 1.25), (0.05, 1.25), (0.2, 1.75), (0.95, 8.0)])
+def test_however_much_they_count_all_users_lose_no_more_than_the_share(
+    case: Case, monkeypatch: pytest.MonkeyPatch, cost: float, start: float
+) -> None:
+    def scripted(subject: Subject, *_: object) -> np.ndarray:
+        """Warm targets fall from 9 to 10 at a start of 1.5 and to 40 at one of 2; cold ones rise with every step."""
+        cold_B = subject.catalog.counts[subject.users.targets] == 0
+        starts = np.array(HEAD_STARTS)
+        warm_S, cold_S = np.where(starts < 1.5, 9, np.where(starts < 2, 10, 40)), 5000 - 100 * starts
+        return np.where(cold_B[:, None, None], cold_S, warm_S).repeat(16, 1).astype(np.int64)
+
+    monkeypatch.setattr("dtrain.train.headstart.shared", scripted)
+    assert chosen(case, weight=1e6, cost=cost).head_start == start
