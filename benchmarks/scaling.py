@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling_plan, scaling_ranks
-from benchmarks.scaling_report import report
+from benchmarks.scaling_report import CHUNKS, report
 from dtrain.data.pseudonym import KEY_VARIABLE
 from tests.ranks import run_ranks
 
@@ -60,6 +60,7 @@ def ranks(work: Path) -> dict[str, Any]:
             folder,
             data,
             encoder,
+            batch={"text_buckets": CHUNKS},
             engine={"name": "deepspeed", "zero_stage": stage, "precision": precision, "deepspeed": keys},
             train={
                 "steps": scaling_ranks.MEASURED + 1,

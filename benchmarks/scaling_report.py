@@ -17,13 +17,13 @@ from dtrain.data.shards import SHARD_SAMPLES
 from dtrain.engine.config import EngineConfig, OptimizerConfig
 from dtrain.engine.memory import estimate
 
-__all__ = ["Row", "report", "rows_of"]
+__all__ = ["CHUNKS", "Row", "report", "rows_of"]
 
 EXACT, PADDED, DRAWN = 0.001, 0.02, 0.15  # tolerances: what is counted, what is rounded up to ranks, what is expected
 
 _FLAGS = 64  # bytes: norms and overflow flags, one value each
 
-_CHUNKS = 4  # batch.text_buckets of the runs
+CHUNKS = 4  # batch.text_buckets of the runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _traffic(case: str, stage: int, precision: str, size: int, prefetch: bool, r
         if purpose in ("deepspeed", "backward"):
             deepspeed[operation] = deepspeed.get(operation, 0) + size_
     predicted = model_traffic(model, stage, width, size)
-    most = model_traffic(model, stage, width, size, gathers=2 * _CHUNKS)  # where nothing is fetched ahead
+    most = model_traffic(model, stage, width, size, gathers=2 * CHUNKS)  # where nothing is fetched ahead
     for operation in ("all-reduce", "all-gather", "reduce-scatter", "broadcast"):
         if operation in predicted or deepspeed.get(operation, 0) > 1024:
             low, measured = predicted.get(operation, 0), deepspeed.get(operation, 0)

@@ -38,7 +38,7 @@ class Assumed:
     block = 64  # samples of a contrast block
     platforms = 4  # with equal shares of a step
     lanes = 16
-    chunks = 4  # of texts that a GPU encodes one after another: batch.accumulation * batch.text_buckets
+    chunks = 4  # of texts that a GPU encodes one after another: batch.accumulation * batch.text_buckets at most
     buffers = 0  # bytes
 
 

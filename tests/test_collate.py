@@ -14,7 +14,7 @@ from dtrain.batches.config import BatchConfig
 from dtrain.batches.fresh import choose_fresh, deal_fresh
 from dtrain.batches.host import sample_ids
 from dtrain.batches.items import Items
-from dtrain.batches.ragged import length_classes
+from dtrain.batches.ragged import length_chunks, length_classes
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
@@ -289,6 +289,30 @@ def test_length_classes_pad_as_little_as_any_can(seed: int) -> None:
         for choice in itertools.product(range(count), repeat=len(length_N))
     )
     assert padded(found) == best
+
+
+def test_chunks_are_parts_of_equally_many_rows_longest_first_cut_where_padding_is_least() -> None:
+    length_N = np.array([3, 9, 9, 4, 9, 8, 2, 3, 9, 9])
+    got = [rows.tolist() for rows in length_chunks(length_N, 2, 2)]
+    assert got == [[], [1, 2, 4, 8, 9], [5], [3, 0, 7, 6]]
+    assert [rows.size for rows in length_chunks(length_N[:0], 2, 2)] == [0] * 4
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_every_rank_encodes_as_many_chunks_of_texts_whatever_its_lengths(
+    manifest: Manifest, items: Items, size: int
+) -> None:
+    for fresh in (None, 9):
+        for accumulation in (1, 3):
+            batches = on_ranks(
+                size,
+                lambda comm, f=fresh, a=accumulation: collate(
+                    manifest, items, comm, 0, {}, accumulation=a, fresh_items=f, text_buckets=3
+                ),
+            )
+            rows = [[len(chunk.ids_NT) for chunk in batch.texts] for batch in batches]
+            assert rows == [rows[0]] * size
+            assert 1 < len(rows[0]) <= 3 * accumulation
 
 
 def test_histories_are_padded_within_their_class(manifest: Manifest, items: Items) -> None:

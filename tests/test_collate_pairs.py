@@ -71,7 +71,7 @@ def test_pairs_are_the_same_for_every_world_size_and_accumulation(manifest: Mani
         assert meaning(batches) == meaning([want])
         for batch in batches:
             assert batch.target_weight_P.tolist() == want.target_weight_P.tolist()
-            assert len(batch.pairs) == accumulation * 4
+            assert len(batch.pairs) == accumulation * BatchConfig().text_buckets
             assert all(len(part.label_N) for part in batch.pairs)
         assert sum(batch.tokens for batch in batches) == want.tokens
         assert [i for batch in batches for i in batch.sample_ids] == list(want.sample_ids)

@@ -65,9 +65,9 @@ class Collator:
         pair_C = self._candidates(plan, seen)
         row_U = np.unique(np.concatenate([seen, pair_C]) % len(items))
         fresh_F = choose_fresh(row_U.size, config.fresh_items, hash64(plan.seed, _FRESH))
-        chunks = config.accumulation * config.text_buckets
         lift_Q, lifts = self._lifts(plan, pair_C, at, np.where(hit_Q, block_Q, -1))
-        share = fresh_share(items, row_U, fresh_F, self._comm.world, chunks, self._pin)
+        world, parts = self._comm.world, config.accumulation
+        share = fresh_share(items, row_U, fresh_F, world, parts, config.text_buckets, self._pin)
         return StepBatch(
             step=samples.step,
             texts=share.texts,

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrain.batches.host import Pin
 from dtrain.batches.items import Items
-from dtrain.batches.ragged import offsets_of, pad
+from dtrain.batches.ragged import length_chunks, offsets_of, pad
 from dtrain.core.world import World
 from dtrain.data.batch import ItemTexts
 from dtrain.data.permute import permute
@@ -48,16 +48,21 @@ def deal_fresh(length_F: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]
     return rank_F, place_F
 
 
-def fresh_share(items: Items, row_U: np.ndarray, fresh_F: np.ndarray, world: World, chunks: int, pin: Pin) -> Share:
-    """This rank's share of the fresh table rows, cut into at most `chunks` chunks, each padded to its own longest.
+def fresh_share(
+    items: Items, row_U: np.ndarray, fresh_F: np.ndarray, world: World, parts: int, buckets: int, pin: Pin
+) -> Share:
+    """This rank's share of the fresh table rows, longest texts first, in chunks that are padded to their own longest:
+    `parts` of nearly equally many rows, each in up to `buckets` of like length.
 
-    Chunks hold equally many rows, longest texts first. Shares that lack a row are filled up with an empty text.
+    Where to cut goes by the longest of all ranks' texts at a place, so that every rank runs as many chunks. Shares that
+    lack a row are filled up with an empty text.
     """
     place_U = np.full(row_U.size, -1, np.int64)
     share_rows = -(-fresh_F.size // world.size)
     if not share_rows:
         return Share(place_U, 0, (), 0)
-    rank_F, place_F = deal_fresh(items.length_I[row_U[fresh_F]], world.size)
+    length_F = items.length_I[row_U[fresh_F]]
+    rank_F, place_F = deal_fresh(length_F, world.size)
     place_U[fresh_F] = rank_F * share_rows + place_F
     mine_F = np.flatnonzero(rank_F == world.rank)
     value_T, length_N = items.ids(row_U[fresh_F[mine_F[np.argsort(place_F[mine_F])]]])
@@ -65,9 +70,10 @@ def fresh_share(items: Items, row_U: np.ndarray, fresh_F: np.ndarray, world: Wor
     value_T = np.concatenate([value_T, np.tile(items.empty, missing)]).astype(np.int64)
     length_N = np.concatenate([length_N, np.full(missing, items.empty.size)])
     offset_N, texts = offsets_of(length_N), []
-    count = min(chunks, share_rows)
-    for index in range(count):
-        begin, end = (share_rows * i // count for i in (index, index + 1))
+    for chunk in length_chunks(-np.sort(-length_F)[:: world.size], parts, buckets):
+        if not chunk.size:
+            continue
+        begin, end = int(chunk[0]), int(chunk[-1]) + 1
         own_N = length_N[begin:end]
         width = int(own_N.max())
         ids_NT = pad(value_T[offset_N[begin] : offset_N[end]], own_N, width, items.pad)

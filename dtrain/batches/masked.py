@@ -14,7 +14,7 @@ import numpy as np
 from dtrain.batches.config import BatchConfig
 from dtrain.batches.host import pin_for, sample_ids
 from dtrain.batches.items import Items
-from dtrain.batches.ragged import offsets_of, pad
+from dtrain.batches.ragged import length_chunks, offsets_of, pad
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import MaskedBatch, MaskedTexts
@@ -72,14 +72,15 @@ class Masker:
         id_T[at_M] = np.where(how_M < _MASKED, self._mask, np.where(how_M < _RANDOM, any_M, label_M))
         return id_T, length_N, at_M, label_M
 
-    def batches(self, row_N: np.ndarray, key_N: np.ndarray, platform_N: np.ndarray, count: int) -> list[dict[str, Any]]:
-        """The fields of `count` micro-batches of equally many texts, longest first, as arrays.
+    def batches(
+        self, row_N: np.ndarray, key_N: np.ndarray, platform_N: np.ndarray, parts: int, buckets: int
+    ) -> list[dict[str, Any]]:
+        """The fields of `parts * buckets` micro-batches, longest texts first, as arrays (`length_chunks`).
 
         One without texts gets an empty one, of which nothing is to be told: every rank runs the same modules.
         """
-        order_N = np.argsort(-self._items.length_I[row_N], kind="stable")
         made = []
-        for own in np.array_split(order_N, count):
+        for own in length_chunks(self._items.length_I[row_N], parts, buckets):
             id_T, length_N, at_M, label_M = self.hide(row_N[own], key_N[own])
             if not own.size:
                 id_T, length_N = self._items.empty.astype(np.int64), np.array([self._items.empty.size])
@@ -115,8 +116,8 @@ class MaskedCollator:
             rows, here = self._rows[platform], platform_B == platform
             row_B[here] = rows[(draw_B[here] * len(rows)).astype(np.int64)]
         key_B = hash64(hash64(samples.plan.seed, _KEY), slot_B)
-        count = self._config.accumulation * self._config.text_buckets
-        made = self._masker.batches(row_B, key_B, platform_B, count)
+        config = self._config
+        made = self._masker.batches(row_B, key_B, platform_B, config.accumulation, config.text_buckets)
         told = np.concatenate([part["platform_M"] for part in made])
         weight_P = self._comm.sum(np.bincount(told, minlength=platforms).astype(np.float64))
         pin = self._pin
@@ -127,7 +128,7 @@ class MaskedCollator:
             tokens=int(sum(part["mask_NT"].sum() for part in made)),
             padded_tokens=sum(part["mask_NT"].size for part in made),
             sample_ids=sample_ids(samples, self._items.platforms),
-            recompute=self._config.accumulation > 1,
+            recompute=config.accumulation > 1,
         )
 
 

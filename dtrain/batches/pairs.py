@@ -15,7 +15,7 @@ from dtrain.batches.config import BatchConfig
 from dtrain.batches.histories import Positions
 from dtrain.batches.host import pin_for, sample_ids
 from dtrain.batches.items import Items
-from dtrain.batches.ragged import cells, offsets_of
+from dtrain.batches.ragged import cells, length_chunks, offsets_of
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import PairBatch, Pairs
@@ -136,15 +136,14 @@ class PairCollator:
         weight_N: np.ndarray,
         platform_N: np.ndarray,
     ) -> tuple[Pairs, ...]:
-        """Pairs longest first, in micro-batches of equally many, each padded to its own longest.
+        """Pairs longest first, in micro-batches of like length, each padded to its own longest (`length_chunks`).
 
         A micro-batch without pairs gets one of empty texts that weighs nothing: every rank runs the same modules.
         """
         length_N = encoded[1].sum(1)
-        order_N = np.argsort(-length_N, kind="stable")
-        count, pin, made = self._config.accumulation * self._config.text_buckets, self._pin, []
+        config, pin, made = self._config, self._pin, []
         start, end = self._items.empty.tolist()
-        for own in np.array_split(order_N, count):
+        for own in length_chunks(length_N, config.accumulation, config.text_buckets):
             width = int(length_N[own].max(initial=0))
             arrays = [a[own, :width] for a in encoded] + [a[own] for a in (label_N, weight_N, platform_N)]
             if not own.size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["cells", "length_classes", "offsets_of", "pad"]
+__all__ = ["cells", "length_chunks", "length_classes", "offsets_of", "pad"]
 
 
 def offsets_of(length_N: np.ndarray) -> np.ndarray:
@@ -49,3 +49,15 @@ def length_classes(length_N: np.ndarray, count: int) -> list[np.ndarray]:
     edges = np.unique([0, *bounds])
     of_N = np.searchsorted(edges, class_N, side="right") - 1
     return [np.flatnonzero(of_N == number) for number in range(count)]
+
+
+def length_chunks(length_N: np.ndarray, parts: int, classes: int) -> list[np.ndarray]:
+    """`parts * classes` index arrays that share out rows of these lengths, longest first, rows of one length in order:
+    `parts` of nearly equally many rows, each cut into `length_classes`. Some may be empty.
+    """
+    order_N = np.argsort(-length_N, kind="stable")
+    return [
+        part_N[own]
+        for part_N in np.array_split(order_N, parts)
+        for own in reversed(length_classes(length_N[part_N], classes))
+    ]

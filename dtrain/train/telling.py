@@ -33,7 +33,7 @@ def telling(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Modul
     for number, held in enumerate(held_out(items)):
         rows = held[: min(config.train.valid_users or _TEXTS, _TEXTS)]
         count = -(-int(items.length_I[rows].sum()) // config.evaluate.batch_tokens)
-        for made in masker.batches(rows, hash64(_KEY, rows), np.full(len(rows), number), count) if count else []:
+        for made in masker.batches(rows, hash64(_KEY, rows), np.full(len(rows), number), count, 1) if count else []:
             parts.append((number, MaskedTexts(**{name: torch.from_numpy(array) for name, array in made.items()})))
 
     def run(model: nn.Module) -> Mapping[str, Metrics]:
