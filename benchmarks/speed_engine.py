@@ -31,13 +31,13 @@ from dtrain.core.world import World
 from dtrain.data.batch import StepBatch
 from dtrain.data.mixture import Mixture
 from dtrain.data.plan import Plan
-from dtrain.data.shards import ShardReader
-from dtrain.data.stream import Stream, blocks_at_once
+from dtrain.data.stream import Stream
 from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
+from dtrain.train.feed import open_stream
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.validation import validator
 
@@ -101,11 +101,7 @@ def open_training(config: RunConfig, comm: Comm) -> Iterator[Training]:
     engine.module.train()
     mixture = Mixture.make(config.mixture, {n: p.train_samples for n, p in inputs.manifest.platforms.items()})
     plan = Plan(inputs.manifest, mixture, config.plan)
-    readers = {
-        name: ShardReader(inputs.manifest, name, cached_blocks=blocks_at_once(plan.config, comm.world.size, share))
-        for name, share in mixture.least_shares().items()
-    }
-    with Stream(plan, readers, comm.world, 0, config.stream) as stream:
+    with open_stream(config, plan, comm.world, 0) as stream:
         yield Training(
             config=config,
             inputs=inputs,

@@ -72,6 +72,25 @@ def test_ranks_share_each_step_without_gap_or_overlap(size: int) -> None:
     assert {len(part) for part in parts} <= {100 // size, 100 // size + 1}
 
 
+@pytest.mark.parametrize("size", [*range(1, 101)])
+def test_ranks_share_each_step_by_what_samples_cost(size: int) -> None:
+    step, cost_P = make().step(3), np.array([1, 7, 40, 3])
+    parts = [rows_for(step, rank, size, cost_P) for rank in range(size)]
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert parts[-1].stop == 100
+    assert all(part.start < part.stop for part in parts)
+    cost_R = [int(cost_P[step.platform_B[part]].sum()) for part in parts]
+    if size < 20:  # where a share is more than its costliest sample
+        assert max(cost_R) <= sum(cost_R) / size + 40
+
+
+def test_costs_that_are_alike_share_as_no_costs_do() -> None:
+    step = make().step(3)
+    for size in (1, 3, 7, 100):
+        for rank in range(size):
+            assert rows_for(step, rank, size, np.array([5, 5, 5, 5])) == rows_for(step, rank, size)
+
+
 def test_more_ranks_than_samples_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"world size 101 exceeds the global batch of plan.samples=100 samples"):
         rows_for(make().step(0), 0, 101)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from dtrain.data.mixture import Mixture, MixtureConfig
 from dtrain.data.plan import Plan, PlanConfig
 from dtrain.data.shards import ShardReader
 from dtrain.data.stream import WINDOW_DRAWS, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
+from dtrain.model.config import EncoderConfig, ModelConfig
+from dtrain.train.config import DataConfig, RunConfig, TrainConfig
+from dtrain.train.feed import open_stream, sample_costs
 from tests.stream_toys import prepared
 
 
@@ -55,13 +60,16 @@ def test_samples_are_the_planned_rows_in_planned_order(plan: Plan, readers: dict
                 assert samples.weight_T[part].tolist() == want["weights"]
 
 
+@pytest.mark.parametrize("cost_P", [None, np.array([1, 30, 4])])
 @pytest.mark.parametrize("size", [2, 3, 24])
-def test_ranks_together_read_what_one_would(plan: Plan, readers: dict[str, SampleReader], size: int) -> None:
+def test_ranks_together_read_what_one_would(
+    plan: Plan, readers: dict[str, SampleReader], size: int, cost_P: np.ndarray | None
+) -> None:
     with Stream(plan, readers, World()) as alone:
         want = [next(alone).user_B.tolist() for _ in range(4)]
     got: list[list[str]] = [[] for _ in want]
     for rank in range(size):
-        with Stream(plan, readers, World(rank=rank, size=size)) as stream:
+        with Stream(plan, readers, World(rank=rank, size=size), cost_P=cost_P) as stream:
             for step in range(4):
                 got[step] += next(stream).user_B.tolist()
     assert got == want
@@ -204,3 +212,32 @@ def test_more_ranks_than_samples_is_refused_at_once(plan: Plan, readers: dict[st
 def test_prefetch_must_be_a_step_at_least() -> None:
     with pytest.raises(ConfigError, match=r"stream.prefetch=0"):
         StreamConfig(prefetch=0)
+
+
+def test_ranks_get_equally_much_to_predict_not_equally_many_histories(tmp_path: Path) -> None:
+    manifest = prepared(tmp_path / "data")
+    rows = dict(zip(manifest.platforms, (3, 41, 2), strict=True))  # interactions a sample
+    entries = {
+        name: dataclasses.replace(entry, train_rows=rows[name] * entry.train_samples)
+        for name, entry in manifest.platforms.items()
+    }
+    manifest = dataclasses.replace(manifest, platforms=entries)
+    config = RunConfig(
+        run="run",
+        data=DataConfig(path="data"),
+        model=ModelConfig(encoder=EncoderConfig(name="toy")),
+        plan=PlanConfig(samples=200, lanes=3),
+    )
+    samples = {name: platform.train_samples for name, platform in manifest.platforms.items()}
+    plan = Plan(manifest, Mixture.make(MixtureConfig(temperature=0), samples), config.plan)
+    asked, sizes = [], []
+    for rank in range(4):
+        with open_stream(config, plan, World(rank=rank, size=4), 0) as stream:
+            found = next(stream)
+        platform_B = found.plan.platform_B[found.local]
+        asked.append(sum(rows[name] - 1 for name in np.array(plan.platforms)[platform_B].tolist()))
+        sizes.append(platform_B.size)
+    assert max(asked) - min(asked) <= 2 * 40  # a sample at either end
+    assert max(sizes) > 3 * min(sizes)
+    reranker = dataclasses.replace(config, train=TrainConfig(task="rank"))
+    assert sample_costs(reranker, manifest) is None  # one question a history

@@ -16,12 +16,11 @@ import numpy as np
 
 from dtrain.core.errors import ConfigError, DataError
 from dtrain.core.fingerprint import seed_of
-from dtrain.core.world import World
 from dtrain.data.manifest import Manifest, PlatformManifest
 from dtrain.data.mixture import Mixture
 from dtrain.data.permute import hash64, permute
 
-__all__ = ["BlockPlan", "Plan", "PlanConfig", "StepPlan", "rows_for", "share_of"]
+__all__ = ["BlockPlan", "Plan", "PlanConfig", "StepPlan", "check_ranks", "rows_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +65,29 @@ class StepPlan:
     seed: int  # for everything else that is drawn in this step
 
 
-def rows_for(plan: StepPlan, rank: int, size: int) -> slice:
-    """The samples of `plan` that are `rank`'s among `size` ranks: contiguous, at most one more on some than on others.
-
-    Raises ConfigError when there are more ranks than samples.
-    """
-    return share_of(plan.row_B.size, World(rank=rank, size=size))
-
-
-def share_of(samples: int, world: World) -> slice:
-    """The samples of a global batch of `samples` that are this rank's. Raises ConfigError when there are more ranks."""
-    if world.size > samples:
+def check_ranks(samples: int, size: int) -> None:
+    """Raises ConfigError when `size` ranks can't each have one of a step's `samples`."""
+    if size > samples:
         raise ConfigError(
-            f"world size {world.size} exceeds the global batch of plan.samples={samples} samples; "
+            f"world size {size} exceeds the global batch of plan.samples={samples} samples; "
             f"use at most {samples} ranks or raise plan.samples"
         )
-    return world.share(samples)
+
+
+def rows_for(plan: StepPlan, rank: int, size: int, cost_P: np.ndarray | None = None) -> slice:
+    """The samples of `plan` that are `rank`'s among `size` ranks: contiguous, at least one, and of nearly equal cost.
+
+    `cost_P` is what a sample of each platform costs, positive integers in any unit; None: all alike, so that no rank
+    has two more than another. Raises ConfigError when there are more ranks than samples.
+    """
+    samples = plan.row_B.size
+    check_ranks(samples, size)
+    end_B = np.arange(1, samples + 1) if cost_P is None else np.cumsum(cost_P[plan.platform_B], dtype=np.int64)
+    rank_R = np.arange(size + 1)
+    cut_R = np.searchsorted(end_B, end_B[-1] * rank_R // size, side="right")
+    cut_R = np.maximum.accumulate(cut_R - rank_R) + rank_R  # a sample that costs more than a share leaves nobody empty
+    cut_R = np.minimum(cut_R, samples - size + rank_R)
+    return slice(int(cut_R[rank]), int(cut_R[rank + 1]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ import numpy as np
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
 from dtrain.data.gather import Gathered, interleaved
-from dtrain.data.plan import Plan, PlanConfig, StepPlan, share_of
+from dtrain.data.plan import Plan, PlanConfig, StepPlan, check_ranks, rows_for
 from dtrain.data.shards import BLOCK_SAMPLES, SHARD_SAMPLES
 
 __all__ = ["WINDOW_DRAWS", "SampleReader", "StepSamples", "Stream", "StreamConfig", "blocks_at_once"]
@@ -51,9 +51,9 @@ class StreamConfig:
 def blocks_at_once(config: PlanConfig, size: int, share: float = 1.0) -> int:
     """Blocks of a platform for one of `size` ranks to hold, so that each is opened once an epoch or little more often.
 
-    `share` is the platform's of a step, 0..1: a step's samples lie by platform, so `size * share` ranks have this
-    one's, and one rank may have all of a small one's. A lane's samples come from one shuffle group at a time, and a
-    rank's come from its share of the lanes. Half as many again, since lanes go from group to group at different times.
+    `share` is the platform's of a step's cost, 0..1: a step's samples lie by platform, so `size * share` ranks have
+    this one's, and one rank may have all of a small one's. A lane's samples come from one shuffle group at a time, and
+    a rank's come from its share of the lanes. Half as many again, since lanes go from group to group at other times.
     """
     lanes = min(config.lanes, int(config.lanes / (size * share)) + 2)
     return 3 * lanes * config.shuffle_shards * (SHARD_SAMPLES // BLOCK_SAMPLES) // 2
@@ -82,7 +82,8 @@ class Stream(Iterator[StepSamples]):
     `WINDOW_DRAWS`, since planning and reading many samples at once costs less a sample. An error in the background
     thread is raised by `next` for the step it befell.
 
-    Raises ConfigError when there are more ranks than samples in a step.
+    `cost_P` shares out a step's samples, see `rows_for`. Raises ConfigError when there are more ranks than samples in a
+    step.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Stream(Iterator[StepSamples]):
         world: World,
         start_step: int = 0,
         config: StreamConfig | None = None,
+        cost_P: np.ndarray | None = None,
     ) -> None:
-        self._local = share_of(plan.config.samples, world)
+        check_ranks(plan.config.samples, world.size)
+        self._world, self._cost_P = world, cost_P
         self.step = start_step
         self._plan = plan
         self._readers = [readers[name] for name in plan.platforms]
@@ -155,8 +158,9 @@ class Stream(Iterator[StepSamples]):
 
     def _read_window(self, first: int, count: int) -> list[StepSamples | Exception]:
         plans = self._plan.steps(first, count)
+        shares = [rows_for(plan, self._world.rank, self._world.size, self._cost_P) for plan in plans]
         platform_B, shard_B, row_B = (
-            np.concatenate([getattr(plan, name)[self._local] for plan in plans])
+            np.concatenate([getattr(plan, name)[local] for plan, local in zip(plans, shares, strict=True)])
             for name in ("platform_B", "shard_B", "row_B")
         )
         gathered = []
@@ -164,13 +168,13 @@ class Stream(Iterator[StepSamples]):
             own_B = platform_B == platform
             gathered.append(reader.gather(shard_B[own_B], row_B[own_B]))
         shape = count, len(gathered)
-        step_B = np.repeat(np.arange(count), self._local.stop - self._local.start)
+        step_B = np.repeat(np.arange(count), [local.stop - local.start for local in shares])
         count_SP = np.bincount(step_B * shape[1] + platform_B, minlength=count * shape[1]).reshape(shape)
         return [
             StepSamples(
                 step=plan.step,
                 plan=plan,
-                local=self._local,
+                local=local,
                 user_B=own.user_B,
                 offset_B=own.offset_B,
                 item_T=own.item_T,
@@ -178,5 +182,5 @@ class Stream(Iterator[StepSamples]):
                 weight_T=own.weight_T,
                 day_T=own.day_T,
             )
-            for plan, own in zip(plans, interleaved(gathered, count_SP), strict=True)
+            for plan, local, own in zip(plans, shares, interleaved(gathered, count_SP), strict=True)
         ]

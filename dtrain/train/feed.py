@@ -5,16 +5,43 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from dtrain.core.world import World
+from dtrain.data.manifest import Manifest
+from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
 from dtrain.data.stream import StepSamples, Stream, blocks_at_once
 from dtrain.train.config import RunConfig
 from dtrain.train.resume import RunState, mixture_of
 from dtrain.train.setup import Inputs
 
-__all__ = ["RunFeed"]
+__all__ = ["RunFeed", "open_stream", "sample_costs"]
 
 log = logging.getLogger("dtrain")
+
+
+def sample_costs(config: RunConfig, manifest: Manifest) -> np.ndarray | None:
+    """int64 [P] what a sample of each platform costs a rank, in no unit: its mean number of predictions, for the task
+    that learns from all of a window; None for the others. It decides who trains on a sample, not what a step learns.
+    """
+    if config.train.task != "recommend":
+        return None
+    targets = [entry.train_rows / entry.train_samples - 1 for entry in manifest.platforms.values()]
+    return np.asarray(np.maximum(1, np.rint(16 * np.array(targets))), np.int64)
+
+
+def open_stream(config: RunConfig, plan: Plan, world: World, step: int) -> Stream:
+    """A rank's samples of the plan from `step` on, read as the config says."""
+    cost_P = sample_costs(config, plan.manifest)
+    share_P = np.array(list(plan.mixture.least_shares().values()))
+    if cost_P is not None:
+        share_P = share_P * cost_P * share_P.sum() / (share_P @ cost_P)
+    readers = {
+        name: ShardReader(plan.manifest, name, cached_blocks=blocks_at_once(plan.config, world.size, share))
+        for name, share in zip(plan.platforms, share_P.tolist(), strict=True)
+    }
+    return Stream(plan, readers, world, step, config.stream, cost_P)
 
 
 class RunFeed(Iterator[StepSamples]):
@@ -52,9 +79,5 @@ class RunFeed(Iterator[StepSamples]):
         self.close()
 
     def _open(self) -> Stream:
-        plan, size = self._run.eras.current.make_plan(self._inputs.manifest), self._world.size
-        readers = {
-            name: ShardReader(self._inputs.manifest, name, cached_blocks=blocks_at_once(plan.config, size, share))
-            for name, share in plan.mixture.least_shares().items()
-        }
-        return Stream(plan, readers, self._world, self._run.loop.step, self._config.stream)
+        plan = self._run.eras.current.make_plan(self._inputs.manifest)
+        return open_stream(self._config, plan, self._world, self._run.loop.step)
