@@ -169,6 +169,7 @@ class _Watch:
         self.about: dict[str, Any] = {}
         self.ids: dict[int, int] = {}  # step -> distinct item ids that this rank sent
         self.rows: dict[int, int] = {}  # step -> rows of the item table that it encoded
+        self.blocks = 0  # contrast blocks of the last step collated, over all ranks
 
     def install(self) -> None:
         from dtrain.batches.collate import Collator
@@ -193,6 +194,7 @@ class _Watch:
             (BaseEngine, "__init__", lambda *_: self.about.update(resident=_resident())),  # with the weights
             (Loop, "_step", self._count_step),
             (Comm, "union", self._count_ids),
+            (Collator, "__call__", self._count_blocks),
         ):
             setattr(owner, name, _preceded(getattr(owner, name), first))
         update = BaseEngine.train_step
@@ -210,6 +212,9 @@ class _Watch:
 
     def _count_ids(self, comm: Comm, values: Any) -> None:
         self.ids[self.traffic.step] = len(set(values.tolist()))
+
+    def _count_blocks(self, collate: Any, samples: Any) -> None:
+        self.blocks = len(samples.plan.blocks)
 
     def _keep_most(self, now: dict[str, int]) -> None:
         for name, size in now.items():
@@ -245,7 +250,7 @@ class _Watch:
             small=sum(n for n in sizes if n < _PERSISTENT),
             largest=max(sizes),
             generator=torch.get_rng_state().numel(),
-            blocks=len(batch.blocks),
+            blocks=self.blocks,
             platforms=len(batch.target_weight_P),
         )
 

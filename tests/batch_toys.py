@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -72,17 +73,35 @@ def collate(manifest: Manifest, items: Items, comm: Any, step: int, plan: dict[s
     return Collator(BatchConfig(text_tokens=TOKENS, **config), items, comm)(samples)
 
 
-def shared(batch: StepBatch) -> dict[str, Any]:
-    """What every rank must hold alike, whatever the number of ranks."""
-    table = batch.table
+Block = tuple[int, tuple[int, ...], tuple[float, ...]]
+
+
+def blocks_of(batch: StepBatch) -> list[Block]:
+    """Platform, candidates by global row and their log q, of each block that the rank has samples of."""
+    row_U = batch.table.row_U
+    return [(b.platform, tuple(row_U[b.candidate_C].tolist()), tuple(b.log_q_C.tolist())) for b in batch.blocks]
+
+
+def shared(batches: Sequence[StepBatch]) -> dict[str, Any]:
+    """What ranks hold together, whatever their number; what several of them hold, they hold alike."""
+    items: dict[int, list[Any]] = {}
+    for batch in batches:
+        table = batch.table
+        columns = (table.platform_U, table.text_group_U, table.keep_id_U, table.fresh_U >= 0)
+        for row, *what in zip(*(column.tolist() for column in (table.row_U, *columns)), strict=True):
+            assert items.setdefault(row, what) == what
+        assert batch.target_weight_P.tolist() == batches[0].target_weight_P.tolist()
+        assert batch.fresh_row_F.tolist() == batches[0].fresh_row_F.tolist()
+        for row, place in zip(table.row_U.tolist(), table.fresh_U.tolist(), strict=True):
+            assert place < 0 or batch.fresh_row_F[place] == row
     return {
-        "table": [t.tolist() for t in (table.row_U, table.platform_U, table.text_group_U, table.keep_id_U)],
-        "fresh": (table.fresh_U >= 0).tolist(),
-        "blocks": [[b.platform, b.candidate_C.tolist(), b.log_q_C.tolist()] for b in batch.blocks],
-        "weight": batch.target_weight_P.tolist(),
+        "items": items,
+        "fresh": sorted(row for row in batches[0].fresh_row_F.tolist() if row >= 0),
+        "blocks": {block for batch in batches for block in blocks_of(batch)},
+        "weight": batches[0].target_weight_P.tolist(),
     }
 
 
-def collate_shared(comm: Any, manifest: Manifest, items: Items, step: int) -> dict[str, Any]:
-    """For processes: `shared` of this rank's batch."""
-    return shared(collate(manifest, items, comm, step, {}, accumulation=2))
+def collate_pickled(comm: Any, manifest: Manifest, items: Items, step: int) -> bytes:
+    """For processes: this rank's batch."""
+    return pickle.dumps(collate(manifest, items, comm, step, {}, accumulation=2))

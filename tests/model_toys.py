@@ -130,6 +130,7 @@ def toy_batch(
         step=0,
         texts=tuple(texts),
         share_rows=len(encoded),
+        fresh_row_F=torch.tensor(encoded, dtype=torch.int64),
         table=table,
         histories=tuple(histories([samples[i] for i in part], place, positions) for part in parts),
         blocks=tuple(blocks),

@@ -229,7 +229,9 @@ def summed_gradients(comm: Comm, folder: str) -> tuple[list[float], np.ndarray]:
     place = {row: i for i, row in enumerate(rows)}
     own = histories(SAMPLES if comm.world.is_main else [], place)
     texts = tuple(ItemTexts(ids_NT=i, mask_NT=m) for i, m in (tokens(mine[:3]), tokens(mine[3:])))
-    loss_P = model(dataclasses.replace(batch, texts=texts, share_rows=share, histories=(own,)), comm.gather_rows)
+    gathered = torch.tensor([*rows, *[-1] * share][: share * comm.world.size])
+    batch = dataclasses.replace(batch, texts=texts, share_rows=share, fresh_row_F=gathered, histories=(own,))
+    loss_P = model(batch, comm.gather_rows)
     loss_P.sum().backward()
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return comm.sum(loss_P.detach().numpy()).tolist(), comm.sum(flat.numpy())

@@ -1,14 +1,15 @@
 """A rank's samples of a step, together with those of the other ranks, as a `StepBatch`.
 
-What is decided here (table, candidates, fresh items, dropped ids) depends on the whole step alone: it is the same for
-every world size and accumulation. Two collectives a step: a union of item ids and a sum.
+What is decided here (candidates, fresh items, dropped ids) depends on the whole step alone: it is the same for every
+world size and accumulation. Two collectives a step: a union of item ids and a sum.
 
-Legend of shape suffixes: U distinct items of the step, Q this rank's positions end to end, C candidates end to end,
-G contrast blocks, D days, P platforms.
+Legend of shape suffixes: S distinct items of the step, U those that this rank needs, Q this rank's positions end to
+end, C candidates end to end, G contrast blocks, H those that this rank has samples of, D days, P platforms.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,18 +64,24 @@ class Collator:
         target_weight_P, targets_G = np.split(summed, [weight_P.size])
 
         pair_C = self._candidates(plan, seen)
-        row_U = np.unique(np.concatenate([seen, pair_C]) % len(items))
-        fresh_F = choose_fresh(row_U.size, config.fresh_items, hash64(plan.seed, _FRESH))
-        lift_Q, lifts = self._lifts(plan, pair_C, at, np.where(hit_Q, block_Q, -1))
+        row_S = np.unique(np.concatenate([seen, pair_C]) % len(items))
+        fresh_F = choose_fresh(row_S.size, config.fresh_items, hash64(plan.seed, _FRESH))
         world, parts = self._comm.world, config.accumulation
-        share = fresh_share(items, row_U, fresh_F, world, parts, config.text_buckets, self._pin)
+        share = fresh_share(items, row_S, fresh_F, world, parts, config.text_buckets, self._pin)
+
+        own_H = np.unique(at.block_B)
+        pair_C = pair_C[np.isin(pair_C // len(items), own_H)]
+        row_U = np.unique(np.concatenate([at.item_Q, pair_C % len(items)]))
+        lift_Q, lifts = self._lifts(plan, own_H, pair_C, at, np.where(hit_Q, block_Q, -1))
+        at = dataclasses.replace(at, block_B=np.searchsorted(own_H, at.block_B))
         return StepBatch(
             step=samples.step,
             texts=share.texts,
             share_rows=share.rows,
-            table=self._table(row_U, share.place_U, plan.seed),
+            fresh_row_F=self._pin(share.row_F),
+            table=self._table(row_U, share.place_U[np.searchsorted(row_S, row_U)], plan.seed),
             histories=micro_batches(at, row_U, lift_Q, config.accumulation, config.history_buckets, self._pin),
-            blocks=self._blocks(plan, pair_C, row_U, targets_G, lifts),
+            blocks=self._blocks(plan, own_H, pair_C, row_U, targets_G, lifts),
             target_weight_P=torch.from_numpy(target_weight_P),
             tokens=share.tokens,
             padded_tokens=sum(chunk.mask_NT.numel() for chunk in share.texts),
@@ -95,6 +102,7 @@ class Collator:
     def _blocks(
         self,
         plan: StepPlan,
+        own_H: np.ndarray,
         pair_C: np.ndarray,
         row_U: np.ndarray,
         targets_G: np.ndarray,
@@ -106,35 +114,36 @@ class Collator:
         drawn_G = np.array([block.negatives_K.size for block in plan.blocks]) / np.diff(items.offset_P)[platform_G]
         log_q_C = log_inclusion(items.popularity_I[item_C], targets_G[block_C], drawn_G[block_C])
         place_C = np.searchsorted(row_U, item_C)
-        cuts = np.searchsorted(block_C, np.arange(1, len(plan.blocks)))
+        cuts = np.searchsorted(block_C, own_H[1:])
         return tuple(
             Block(
-                platform=block.platform,
+                platform=plan.blocks[number].platform,
                 candidate_C=self._pin(place),
                 log_q_C=self._pin(log_q),
                 lift_DC=None if lift is None else self._pin(lift),
             )
-            for block, place, log_q, lift in zip(
-                plan.blocks, np.split(place_C, cuts), np.split(log_q_C, cuts), lifts, strict=True
+            for number, place, log_q, lift in zip(
+                own_H.tolist(), np.split(place_C, cuts), np.split(log_q_C, cuts), lifts, strict=True
             )
         )
 
     def _lifts(
-        self, plan: StepPlan, pair_C: np.ndarray, at: Positions, block_Q: np.ndarray
+        self, plan: StepPlan, own_H: np.ndarray, pair_C: np.ndarray, at: Positions, block_Q: np.ndarray
     ) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        """(row of its block's lifts for each target [Q], each block's lifts [D, C] on the days of this rank's targets).
+        """(row of its block's lifts for each target [Q], each own block's lifts [D, C] on the days of own targets).
 
         `block_Q` is -1 where a position has no target.
         """
         items, lift_Q = self._items, np.zeros(block_Q.size, np.int64)
         block_C, item_C = np.divmod(pair_C, len(items))
         lifts: list[np.ndarray | None] = []
-        for index, block in enumerate(plan.blocks):
-            trends = items.trends[block.platform]
+        for index in own_H.tolist():
+            platform = plan.blocks[index].platform
+            trends = items.trends[platform]
             if trends is not None:
                 own_Q = np.flatnonzero(block_Q == index)
                 snapshot_D, lift_Q[own_Q] = np.unique(trends.snapshots(at.day_Q[own_Q]), return_inverse=True)
-                own_C = item_C[block_C == index] - items.offset_P[block.platform]
+                own_C = item_C[block_C == index] - items.offset_P[platform]
                 lifts.append(trends.lift_SN[snapshot_D[:, None], own_C] * np.float32(items.trend_weight))
             else:
                 lifts.append(None)

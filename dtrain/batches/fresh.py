@@ -1,6 +1,6 @@
 """Which items of a step are encoded with gradient, and which rank encodes them.
 
-Legend of shape suffixes: U items of the step's table, F fresh ones among them, N texts of a chunk, T tokens.
+Legend of shape suffixes: U distinct items of the step, F fresh ones among them, N texts of a chunk, T tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ __all__ = ["Share", "choose_fresh", "deal_fresh", "fresh_share"]
 class Share:
     """A rank's share of the fresh items."""
 
-    place_U: np.ndarray  # int64 place of each table row in the gathered fresh vectors; -1: not fresh
+    place_U: np.ndarray  # int64 place of each item in the gathered fresh vectors; -1: not fresh
+    row_F: np.ndarray  # int64 global item row at each place of the gathered fresh vectors; -1: it only fills up
     rows: int  # rows of a share, the same on every rank
     texts: tuple[ItemTexts, ...]
     tokens: int  # real tokens in texts
 
 
 def choose_fresh(items: int, limit: int | None, key: int | np.ndarray) -> np.ndarray:
-    """int64 [F] table rows, ascending: all of `items` when `limit` is None, else `limit` drawn uniformly by `key`."""
+    """int64 [F] item numbers, ascending: all of `items` when `limit` is None, else `limit` drawn uniformly by `key`."""
     if limit is None or limit >= items:
         return np.arange(items)
     return np.sort(permute(np.arange(limit), items, key))
@@ -51,7 +52,7 @@ def deal_fresh(length_F: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]
 def fresh_share(
     items: Items, row_U: np.ndarray, fresh_F: np.ndarray, world: World, parts: int, buckets: int, pin: Pin
 ) -> Share:
-    """This rank's share of the fresh table rows, longest texts first, in chunks that are padded to their own longest:
+    """This rank's share of the fresh items, longest texts first, in chunks that are padded to their own longest:
     `parts` of nearly equally many rows, each in up to `buckets` of like length.
 
     Where to cut goes by the longest of all ranks' texts at a place, so that every rank runs as many chunks. Shares that
@@ -60,10 +61,12 @@ def fresh_share(
     place_U = np.full(row_U.size, -1, np.int64)
     share_rows = -(-fresh_F.size // world.size)
     if not share_rows:
-        return Share(place_U, 0, (), 0)
+        return Share(place_U, np.zeros(0, np.int64), 0, (), 0)
     length_F = items.length_I[row_U[fresh_F]]
     rank_F, place_F = deal_fresh(length_F, world.size)
     place_U[fresh_F] = rank_F * share_rows + place_F
+    row_F = np.full(world.size * share_rows, -1, np.int64)
+    row_F[place_U[fresh_F]] = row_U[fresh_F]
     mine_F = np.flatnonzero(rank_F == world.rank)
     value_T, length_N = items.ids(row_U[fresh_F[mine_F[np.argsort(place_F[mine_F])]]])
     tokens, missing = value_T.size, share_rows - length_N.size
@@ -79,4 +82,4 @@ def fresh_share(
         ids_NT = pad(value_T[offset_N[begin] : offset_N[end]], own_N, width, items.pad)
         mask_NT = (np.arange(width) < own_N[:, None]).astype(np.int64)
         texts.append(ItemTexts(ids_NT=pin(ids_NT), mask_NT=pin(mask_NT)))
-    return Share(place_U, share_rows, tuple(texts), tokens)
+    return Share(place_U, row_F, share_rows, tuple(texts), tokens)

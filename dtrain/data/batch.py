@@ -1,12 +1,14 @@
 """`StepBatch` and `PairBatch`: one rank's part of one step; batches make them, models eat them.
 
-Legend of shape suffixes: N items encoded by this chunk, T tokens, U distinct items of the whole step, B samples of
-this chunk, L history positions, C candidates of a contrast block, D days, P platforms. In pairs, N is pairs.
+Legend of shape suffixes: N items encoded by this chunk, T tokens, F texts encoded by all ranks, U distinct items that
+this rank needs, B samples of this chunk, L history positions, C candidates of a contrast block, D days, P platforms. In
+pairs, N is pairs.
 
-The step's distinct items form one table of U rows, sorted by (platform, item), the same on every rank. Each rank
-encodes the text of its share of the *fresh* rows; the shares are gathered with gradient; the other rows take the
-vector remembered from earlier. Histories, targets and candidates are indices into the table, so an item is encoded
-once however often it appears, and what a target is contrasted with does not depend on ranks or micro-batches.
+Of the step's distinct items some are *fresh*. Each rank encodes the texts of its share of them, and the shares are
+gathered with gradient; the other items take the vector remembered from earlier. The items that a rank's own histories
+and blocks name form its table of U rows, sorted by (platform, item). Histories, targets and candidates are indices into
+it, so an item is encoded once however often it appears, and what a target is contrasted with does not depend on ranks
+or micro-batches.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class ItemTexts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemTable:
-    """The step's distinct items, the same on every rank."""
+    """The distinct items that this rank's histories and blocks name."""
 
     row_U: Tensor  # int64 global item row: platform offset + catalogue row; indexes id vectors and remembered vectors
     platform_U: Tensor  # int64 platform index
@@ -85,9 +87,10 @@ class StepBatch:
     step: int
     texts: tuple[ItemTexts, ...]  # equal total rows on every rank (padded with empty texts); () when nothing is fresh
     share_rows: int  # rows of `texts` together; the gathered table is [size * share_rows, D], rank-major
+    fresh_row_F: Tensor  # int64 [size * share_rows] global item rows of what is gathered; -1: it only fills up
     table: ItemTable
     histories: tuple[Histories, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...]  # that this rank has samples of
     target_weight_P: Tensor  # float64 summed target weight per platform over ALL ranks: the loss's denominator
     tokens: int  # real tokens in `texts`
     padded_tokens: int  # cells of `texts`, padding included

@@ -1,7 +1,7 @@
 """The retriever: item texts and histories to a next-item loss, and the vectors to search with.
 
-Legend: N items encoded, U distinct items of the step, H hidden size of the encoder, D vector size, B histories,
-L positions, T targets, C candidates, P platforms.
+Legend: N items encoded by this rank, F by all, U distinct items that this rank needs, H hidden size of the encoder,
+D vector size, B histories, L positions, T targets, C candidates, P platforms.
 """
 
 from __future__ import annotations
@@ -80,19 +80,20 @@ class Recommender(nn.Module):
         return loss_P
 
     def _text_vectors(self, batch: StepBatch, gather: Gather) -> Tensor:
-        """[U, H] text vectors of the step's table: fresh ones with gradient, the others from memory."""
+        """[U, H] text vectors of the rank's table: fresh ones with gradient, the others from memory."""
         table = batch.table
         if not batch.texts:
             return self._recall(table, table.row_U)
         again = batch.recompute and len(batch.texts) > 1 and any(p.requires_grad for p in self.encoder.parameters())
         parts = [recomputed(self._encode, texts) if again else self._encode(texts) for texts in batch.texts]
-        fresh_NH = gather(torch.cat(parts))
+        fresh_FH = gather(torch.cat(parts))
         is_fresh_U = table.fresh_U >= 0
-        text_UH = fresh_NH.index_select(0, table.fresh_U.clamp(min=0))
+        text_UH = fresh_FH.index_select(0, table.fresh_U.clamp(min=0))
         if not bool(is_fresh_U.all()):
             text_UH = torch.where(is_fresh_U[:, None], text_UH, self._recall(table, table.row_U))
         if self.training and self.memory is not None:
-            self.memory.write(table.row_U[is_fresh_U], text_UH.detach()[is_fresh_U])
+            is_item_F = batch.fresh_row_F >= 0
+            self.memory.write(batch.fresh_row_F[is_item_F], fresh_FH.detach()[is_item_F])
         return text_UH
 
     def _encode(self, texts: ItemTexts) -> Tensor:
