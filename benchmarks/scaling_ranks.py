@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,14 @@ _CALLS = {
 }
 
 
+class _Place(threading.local):
+    """Where a thread is: batches are made in another one than they are trained on."""
+
+    step = 0  # 0: before the first one and after the last
+    part = "deepspeed"
+    inside = False
+
+
 class Traffic:
     """Counts the payload of every collective, by (step, part of the program, operation).
 
@@ -44,11 +53,9 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.step = 0  # 0: before the first one and after the last
-        self.part = "deepspeed"
+        self.at = _Place()
         self.bytes: Counter[tuple[int, str, str]] = Counter()
         self.calls: Counter[tuple[int, str, str]] = Counter()
-        self._inside = False
 
     def install(self) -> None:
         """Wrap what DeepSpeed and dtrain call. Before DeepSpeed makes its backend, which keeps some of them."""
@@ -59,17 +66,17 @@ class Traffic:
     def _counted(self, call: Callable[..., Any], operation: str, argument: int) -> Callable[..., Any]:
         @functools.wraps(call)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:  # one of torch's functions calls another
+            if self.at.inside:  # one of torch's functions calls another
                 return call(*args, **kwargs)
             values = [*args, *kwargs.values()]
-            key = self.step, self.part, operation
+            key = self.at.step, self.at.part, operation
             self.bytes[key] += _bytes_of(values[argument])
             self.calls[key] += 1
-            self._inside = True
+            self.at.inside = True
             try:
                 return call(*args, **kwargs)
             finally:
-                self._inside = False
+                self.at.inside = False
 
         return wrapper
 
@@ -86,11 +93,11 @@ class Traffic:
 
     @contextlib.contextmanager
     def within(self, part: str) -> Iterator[None]:
-        before, self.part = self.part, part
+        before, self.at.part = self.at.part, part
         try:
             yield
         finally:
-            self.part = before
+            self.at.part = before
 
     def of_step(self, step: int) -> dict[str, int]:
         """ "part operation" -> bytes."""
@@ -169,7 +176,7 @@ class _Watch:
         self.about: dict[str, Any] = {}
         self.ids: dict[int, int] = {}  # step -> distinct item ids that this rank sent
         self.rows: dict[int, int] = {}  # step -> rows of the item table that it encoded
-        self.blocks = 0  # contrast blocks of the last step collated, over all ranks
+        self.blocks: dict[int, int] = {}  # step -> contrast blocks, over all ranks
 
     def install(self) -> None:
         from dtrain.batches.collate import Collator
@@ -194,7 +201,7 @@ class _Watch:
             (BaseEngine, "__init__", lambda *_: self.about.update(resident=_resident())),  # with the weights
             (Loop, "_step", self._count_step),
             (Comm, "union", self._count_ids),
-            (Collator, "__call__", self._count_blocks),
+            (Collator, "__call__", self._collates),
         ):
             setattr(owner, name, _preceded(getattr(owner, name), first))
         update = BaseEngine.train_step
@@ -208,21 +215,22 @@ class _Watch:
         BaseEngine.train_step = watched  # type: ignore[method-assign,assignment]
 
     def _count_step(self, *_: Any) -> None:
-        self.traffic.step += 1
+        self.traffic.at.step += 1
 
     def _count_ids(self, comm: Comm, values: Any) -> None:
-        self.ids[self.traffic.step] = len(set(values.tolist()))
+        self.ids[self.traffic.at.step] = len(set(values.tolist()))
 
-    def _count_blocks(self, collate: Any, samples: Any) -> None:
-        self.blocks = len(samples.plan.blocks)
+    def _collates(self, collate: Any, samples: Any) -> None:
+        self.traffic.at.step = samples.step + 1
+        self.blocks[samples.step + 1] = len(samples.plan.blocks)
 
     def _keep_most(self, now: dict[str, int]) -> None:
         for name, size in now.items():
             self.held[name] = max(self.held.get(name, 0), size)
 
     def _before(self, engine: Any, batch: Any) -> None:
-        self.rows[self.traffic.step] = batch.share_rows
-        if self.traffic.step != MEASURED or not hasattr(engine, "_engine"):
+        self.rows[self.traffic.at.step] = batch.share_rows
+        if self.traffic.at.step != MEASURED or not hasattr(engine, "_engine"):
             return
         inner, zero = engine._engine, engine._zero
         backward = inner.backward
@@ -240,7 +248,7 @@ class _Watch:
     def _after(self, engine: Any, batch: Any) -> None:
         from dtrain.model.build import describe
 
-        if self.traffic.step != MEASURED:
+        if self.traffic.at.step != MEASURED:
             return
         sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()]
         self.about.update(
@@ -250,7 +258,7 @@ class _Watch:
             small=sum(n for n in sizes if n < _PERSISTENT),
             largest=max(sizes),
             generator=torch.get_rng_state().numel(),
-            blocks=self.blocks,
+            blocks=self.blocks[MEASURED],
             platforms=len(batch.target_weight_P),
         )
 

@@ -15,7 +15,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,12 @@ from dtrain.core.world import World
 from dtrain.data.batch import StepBatch
 from dtrain.data.mixture import Mixture
 from dtrain.data.plan import Plan
-from dtrain.data.stream import Stream
 from dtrain.engine.base import BaseEngine
 from dtrain.engine.build import build_engine
 from dtrain.model.build import parameter_roles
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.feed import open_stream
+from dtrain.train.feed import Ahead, open_stream
 from dtrain.train.setup import Inputs, build_module, open_inputs, prime
 from dtrain.train.validation import validator
 
@@ -61,15 +60,17 @@ class Training:
 
     config: RunConfig
     inputs: Inputs
-    stream: Stream
-    collate: Collator
+    batches: Ahead
     engine: BaseEngine
 
-    def step(self) -> Step:
-        """Train on the stream's next step."""
-        began = time.perf_counter()
-        batch = self.collate(next(self.stream))
-        there = time.perf_counter()
+    def step(self, only: Collection[int] = ()) -> Step:
+        """Train on the next step, or on the next of the steps of these numbers."""
+        while True:
+            began = time.perf_counter()
+            samples, batch = next(self.batches)
+            there = time.perf_counter()
+            if not only or samples.step in only:
+                break
         result = self.engine.train_step(batch)
         ended = time.perf_counter()
         targets = float(batch.target_weight_P.sum())
@@ -101,14 +102,9 @@ def open_training(config: RunConfig, comm: Comm) -> Iterator[Training]:
     engine.module.train()
     mixture = Mixture.make(config.mixture, {n: p.train_samples for n, p in inputs.manifest.platforms.items()})
     plan = Plan(inputs.manifest, mixture, config.plan)
-    with open_stream(config, plan, comm.world, 0) as stream:
-        yield Training(
-            config=config,
-            inputs=inputs,
-            stream=stream,
-            collate=Collator(config.batch, inputs.items, comm),
-            engine=engine,
-        )
+    collate = Collator(config.batch, inputs.items, comm.aside())
+    with Ahead(open_stream(config, plan, comm.world, 0), collate, comm.device) as batches:
+        yield Training(config=config, inputs=inputs, batches=batches, engine=engine)
 
 
 def measure(config: RunConfig, comm: Comm, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,10 +116,7 @@ def measure(config: RunConfig, comm: Comm, job: Mapping[str, Any]) -> dict[str, 
     with open_training(config, comm) as training:
         validate = validator(config, training.inputs, training.engine, comm) if validate_s else None
         while len(found["loss"]) < int(job["steps"]) and not _agreed(comm, trained_s > limit):
-            if only and training.stream.step not in only:
-                next(training.stream)
-                continue
-            step = training.step()
+            step = training.step(only)
             trained_s += step.step_s
             for name in ("step_s", "wait_s", "loss", "targets"):
                 found[name].append(getattr(step, name))

@@ -217,7 +217,7 @@ def _profile(engine: BaseEngine, batches: list[Any], device: torch.device) -> li
 
 def _main_batches(training: Any) -> Iterator[StepBatch]:
     while True:
-        yield training.collate(next(training.stream))
+        yield next(training.batches)[1]
 
 
 def peaks(device: torch.device, seconds: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,24 @@ def test_a_process_alone_has_a_group_with_the_time_limit_while_it_is_connected()
         assert group is not None
         assert group._get_backend(comm.device).options._timeout.total_seconds() == 7
     assert not dist.is_initialized()
+
+
+def _talk_from_two_threads(comm: Comm) -> list[Any]:
+    """Calls that have no order between threads, of unequal shapes."""
+    aside, rank = comm.aside(), comm.world.rank
+    found = []
+    with ThreadPoolExecutor(1) as pool:
+        for turn in range(30):
+            there = pool.submit(aside.union, np.arange(rank, rank + turn + 2))
+            found.append((comm.sum(np.full(turn + 1, rank)).tolist(), len(there.result())))
+    return found
+
+
+def test_a_line_aside_does_not_get_mixed_up_with_the_main_one(tmp_path: Path) -> None:
+    for result in run_ranks(3, tmp_path, _talk_from_two_threads):
+        assert result == [([3.0] * (turn + 1), turn + 4) for turn in range(30)]
+
+
+def test_a_process_alone_needs_no_line_aside() -> None:
+    comm = Comm(World(), torch.device("cpu"))
+    assert comm.aside() is comm

@@ -6,6 +6,7 @@ Nothing here pickles: tensors travel as tensors, everything else as JSON bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator
@@ -49,7 +50,23 @@ class Comm:
     """
 
     world: World
-    device: torch.device
+    device: torch.device  # that this rank computes on
+    group: dist.ProcessGroup | None = None  # of host tensors; None: the default one, of tensors on `device`
+    timeout_s: float = 600.0  # of every collective
+
+    def aside(self) -> Comm:
+        """A line of its own for another thread, over gloo, whose calls need no order with this one's; not for
+        `gather_rows`. A collective call.
+        """
+        if self.world.size == 1:
+            return self
+        timeout = datetime.timedelta(seconds=self.timeout_s)
+        return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
+
+    @property
+    def _wire(self) -> torch.device:
+        """Where the tensors are that are sent."""
+        return self.device if self.group is None else torch.device("cpu")
 
     def gather_rows(self, rows_ND: Tensor) -> Tensor:
         """[N, D] on each rank (equal N) -> [size * N, D], rank-major, differentiable."""
@@ -62,22 +79,22 @@ class Comm:
         """Elementwise float64 sum over ranks of an array of equal shape."""
         if self.world.size == 1:
             return np.asarray(values, dtype=np.float64)
-        tensor = torch.as_tensor(np.asarray(values, dtype=np.float64)).to(self.device)
-        dist.all_reduce(tensor)
+        tensor = torch.as_tensor(np.array(values, dtype=np.float64)).to(self._wire)
+        dist.all_reduce(tensor, group=self.group)
         return np.asarray(tensor.cpu().numpy())
 
     def gather_bytes(self, payload: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order, on every rank."""
         if self.world.size == 1:
             return [payload]
-        size = torch.zeros(self.world.size, dtype=torch.int64, device=self.device)
+        size = torch.zeros(self.world.size, dtype=torch.int64, device=self._wire)
         size[self.world.rank] = len(payload)
-        dist.all_reduce(size)
+        dist.all_reduce(size, group=self.group)
         longest = max(1, int(size.max()))
-        own = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        own = torch.zeros(longest, dtype=torch.uint8, device=self._wire)
         own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else own[:0]
         parts = [torch.empty_like(own) for _ in range(self.world.size)]
-        dist.all_gather(parts, own)
+        dist.all_gather(parts, own, group=self.group)
         return [part[: int(n)].cpu().numpy().tobytes() for part, n in zip(parts, size.tolist(), strict=True)]
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -123,7 +140,7 @@ def connect(world: World, *, timeout_s: float = 600.0) -> Iterator[Comm]:
         store = HashStore() if world.size == 1 else None
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
-        yield Comm(world, device)
+        yield Comm(world, device, timeout_s=timeout_s)
     finally:
         if owned and dist.is_initialized():
             dist.destroy_process_group()

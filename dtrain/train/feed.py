@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
+from dtrain.core.comm import Comm
 from dtrain.core.world import World
+from dtrain.data.batch import AnyBatch
 from dtrain.data.manifest import Manifest
 from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
@@ -16,7 +21,7 @@ from dtrain.train.config import RunConfig
 from dtrain.train.resume import RunState, mixture_of
 from dtrain.train.setup import Inputs
 
-__all__ = ["RunFeed", "open_stream", "sample_costs"]
+__all__ = ["Ahead", "RunFeed", "open_stream", "sample_costs"]
 
 log = logging.getLogger("dtrain")
 
@@ -44,8 +49,44 @@ def open_stream(config: RunConfig, plan: Plan, world: World, step: int) -> Strea
     return Stream(plan, readers, world, step, config.stream, cost_P)
 
 
-class RunFeed(Iterator[StepSamples]):
-    """See `dtrain.train.loop.Feed`: a stream over the current era of `run`, from `run.loop.step` on.
+class Ahead(Iterator[tuple[StepSamples, AnyBatch]]):
+    """A stream's steps and the batches made of them, each in the background while the engine trains on the one before.
+
+    `collate` makes its collective calls from another thread, so it needs a line of its own (`Comm.aside`); every rank
+    asks for the same steps. An error in the background is raised by `next` for the step it befell.
+    """
+
+    def __init__(self, stream: Stream, collate: Callable[[StepSamples], AnyBatch], device: torch.device) -> None:
+        self._stream, self._collate = stream, collate
+        # A thread begins on the first GPU, where pinning memory would set up a context for every rank.
+        begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dtrain-collate", initializer=begin)
+        self._made: Future[tuple[StepSamples, AnyBatch]] | None = None
+
+    def __next__(self) -> tuple[StepSamples, AnyBatch]:
+        made, self._made = self._made or self._pool.submit(self._make), None
+        samples, batch = made.result()
+        self._made = self._pool.submit(self._make)
+        return samples, batch
+
+    def close(self) -> None:
+        """Wait for what is being made, which the other ranks make too, and stop reading ahead."""
+        self._pool.shutdown(wait=True)
+        self._stream.close()
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make(self) -> tuple[StepSamples, AnyBatch]:
+        samples = next(self._stream)
+        return samples, self._collate(samples)
+
+
+class RunFeed(Iterator[tuple[StepSamples, AnyBatch]]):
+    """See `dtrain.train.loop.Feed`: steps of the current era of `run`, from `run.loop.step` on.
 
     A change of the mixture counts from the very next step: the stream's state is the step consumed, so what it has read
     ahead is dropped and read anew. Were it to count from where the reading ahead ends, that step would depend on
@@ -55,22 +96,29 @@ class RunFeed(Iterator[StepSamples]):
     Use as a context manager, or call `close`.
     """
 
-    def __init__(self, config: RunConfig, inputs: Inputs, world: World, run: RunState) -> None:
-        self._config, self._inputs, self._world, self._run = config, inputs, world, run
-        self._stream = self._open()
+    def __init__(
+        self,
+        config: RunConfig,
+        inputs: Inputs,
+        comm: Comm,
+        run: RunState,
+        collate: Callable[[StepSamples], AnyBatch],
+    ) -> None:
+        self._config, self._inputs, self._comm, self._run, self._collate = config, inputs, comm, run, collate
+        self._ahead = self._open()
 
-    def __next__(self) -> StepSamples:
-        return next(self._stream)
+    def __next__(self) -> tuple[StepSamples, AnyBatch]:
+        return next(self._ahead)
 
     def rest(self, platforms: tuple[str, ...]) -> Mapping[str, float]:
         run = self._run
         run.eras = run.eras.mixed(run.loop.step, mixture_of(self._config, self._inputs, platforms))
-        self._stream.close()
-        self._stream = self._open()
+        self._ahead.close()
+        self._ahead = self._open()
         return run.eras.current.mixture.shares()
 
     def close(self) -> None:
-        self._stream.close()
+        self._ahead.close()
 
     def __enter__(self) -> RunFeed:
         return self
@@ -78,6 +126,7 @@ class RunFeed(Iterator[StepSamples]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _open(self) -> Stream:
+    def _open(self) -> Ahead:
         plan = self._run.eras.current.make_plan(self._inputs.manifest)
-        return open_stream(self._config, plan, self._world, self._run.loop.step)
+        stream = open_stream(self._config, plan, self._comm.world, self._run.loop.step)
+        return Ahead(stream, self._collate, self._comm.device)

@@ -117,14 +117,13 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start
     folder.start(dump_yaml(config), _facts(config, inputs, engine, comm, run), state.step)
     ledger = Ledger(comm.world, inputs.platforms) if config.stream.ledger else None
     saver = RunSaver(config.checkpoint, inputs.fingerprints(), run, engine, store, ledger)
-    with RunFeed(config, inputs, comm.world, run) as feed:
+    with RunFeed(config, inputs, comm, run, _collator(config, inputs, comm.aside())) as feed:
         loop = Loop(
             config=config.train,
             weights_every=config.checkpoint.weights_every,
             comm=comm,
             platforms=inputs.platforms,
             feed=feed,
-            collate=_collator(config, inputs, comm),
             engine=engine,
             ledger=ledger,
             validate=validator(config, inputs, engine, comm),

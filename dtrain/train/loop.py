@@ -78,10 +78,10 @@ class LoopState:
 
 
 class Feed(Protocol):
-    """Where the steps' samples come from."""
+    """Where the steps' batches come from."""
 
-    def __next__(self) -> StepSamples:
-        """This rank's samples of the next step."""
+    def __next__(self) -> tuple[StepSamples, AnyBatch]:
+        """This rank's samples of the next step, and the batch made of them. A collective call."""
         ...
 
     def rest(self, platforms: tuple[str, ...]) -> Mapping[str, float]:
@@ -109,9 +109,8 @@ class Saver(Protocol):
 class Loop:
     """Steps from `state.step` to `config.steps`, with logging, validation, early stopping and checkpoints.
 
-    `collate` turns the feed's samples into a batch; `validate` ranks the valid split and gives metrics per
-    platform. All of them are collective calls. Asked to stop, the run ends between two steps with a checkpoint, and the
-    next start of it makes up for a validation that was due then.
+    `validate`, a collective call, ranks the valid split and gives metrics per platform. Asked to stop, the run ends
+    between two steps with a checkpoint, and the next start of it makes up for a validation that was due then.
     """
 
     config: TrainConfig
@@ -119,7 +118,6 @@ class Loop:
     comm: Comm
     platforms: tuple[str, ...]
     feed: Feed
-    collate: Callable[[StepSamples], AnyBatch]
     engine: Engine
     ledger: Ledger | None
     validate: Callable[[], dict[str, dict[str, float]]]
@@ -159,8 +157,7 @@ class Loop:
     def _step(self, progress: Progress) -> None:
         failpoints.reach("step", self.state.step + 1)
         asked = time.perf_counter()
-        samples = next(self.feed)
-        batch = self.collate(samples)
+        samples, batch = next(self.feed)
         wait_s = time.perf_counter() - asked
         result = self.engine.train_step(batch)
         self.state.step += 1
