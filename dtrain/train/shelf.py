@@ -91,8 +91,8 @@ class Shelf:
         return Parts(
             own_bN=own_bN,
             statistics_bN=None if near_bN is None else log_near(near_bN).to(own_bN),
-            texts_bN=None if texts is None else _profile(texts, histories, self.last) @ texts.T,
-            trend_bN=None if trends is None else torch.from_numpy(trends.of(day_b)).to(own_bN),
+            texts_bN=None if texts is None else (texts @ _profile(texts, histories, self.last).T).T,
+            trend_bN=None if trends is None else _side_by_side(trends.of(day_b)).to(own_bN),
             arrival_bC=(
                 None if arrivals is None else torch.from_numpy(arrivals.of(day_b, self.cold_C.cpu().numpy())).to(own_bN)
             ),
@@ -144,6 +144,11 @@ def encoded_users(model: Recommender, shelf: Shelf, subject: Subject, share: sli
         max_positions=model.user.max_positions,
     )
     return user_BD / model.current_temperature()
+
+
+def _side_by_side(values_bN: np.ndarray) -> Tensor:
+    """In the order of memory that `Scorer` asks for."""
+    return torch.from_numpy(np.ascontiguousarray(values_bN.T)).T
 
 
 def _profile(text_NH: Tensor, histories: Ragged, last: int) -> Tensor:
