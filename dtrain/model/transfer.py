@@ -19,7 +19,11 @@ from dtrain.core.errors import ConfigError, StateMismatch
 from dtrain.core.state import FragmentSource
 from dtrain.model.recommender import Recommender
 
-__all__ = ["PlatformSize", "is_own", "take_over"]
+__all__ = ["UNSEEN_TEXTS", "PlatformSize", "is_own", "take_over"]
+
+#: Weight of the likeness of texts on a platform that weights were not trained on; docs/transfer.md has what it was
+#: chosen by. It is large: the learned score knows little of such a platform.
+UNSEEN_TEXTS = 64.0
 
 #: Tables in which each platform has rows of its own, one after another in platform order: what a row is of.
 _OWN = (
@@ -69,9 +73,9 @@ def take_over(
     """Fill a newly built `model` of the platforms `new` with weights that were trained on the platforms `old`.
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
-    (adapters that add nothing, id vectors and biases of zero), event vectors and a weight of the trend of zero, and for
-    attention biases and the weight of texts the mean over `old`. Memory is left alone. `temperature` is the one that
-    those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
+    (adapters that add nothing, id vectors and biases of zero), event vectors and a weight of the trend of zero, for
+    attention biases the mean over `old`, and for texts `UNSEEN_TEXTS`. Memory is left alone. `temperature` is the one
+    that those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
     _check_names(parameters.keys(), saved["master"], whose)
@@ -102,8 +106,10 @@ def _take_rows(
     for name, part in own.items():
         if name in kept:
             part.copy_(before[name])
-        elif unit in ("distance", "texts"):
+        elif unit == "distance":
             part.copy_(torch.stack(parts).mean(0))
+        elif unit == "texts":
+            part.fill_(UNSEEN_TEXTS)
         elif unit in ("event", "trend"):
             part.zero_()
 
