@@ -197,7 +197,14 @@ def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
         ours, alone = statistics.median(found["ours"]), statistics.median(found["floor"])
         cells = (f"{job['items']:,}", f"{job['users']:,}", _spread(found["ours"]), _spread(found["floor"]))
         lines.append((*cells, f"{ours / alone:.0%}", f"{found['extra_bytes'] / 2**20:,.0f}"))
-    head = ("items", "users", "users/s", "its matrix product alone, the faster way round", "share", "memory beyond the vectors, MiB")
+    head = (
+        "items",
+        "users",
+        "users/s",
+        "its matrix product alone, the faster way round",
+        "share",
+        "memory beyond the vectors, MiB",
+    )
     text = "Vectors of 128 numbers, histories of 20 items excluded, exact ranks.\n\n" + table(head, lines)
     theirs = rows.result("evaluation", "recbole")
     if theirs is None:
