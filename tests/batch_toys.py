@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,26 +81,34 @@ def blocks_of(batch: StepBatch) -> list[Block]:
     return [(b.platform, tuple(row_U[b.candidate_C].tolist()), tuple(b.log_q_C.tolist())) for b in batch.blocks]
 
 
-def shared(batches: Sequence[StepBatch]) -> dict[str, Any]:
-    """What ranks hold together, whatever their number; what several of them hold, they hold alike."""
-    items: dict[int, list[Any]] = {}
-    for batch in batches:
-        table = batch.table
-        columns = (table.platform_U, table.text_group_U, table.keep_id_U, table.fresh_U >= 0)
-        for row, *what in zip(*(column.tolist() for column in (table.row_U, *columns)), strict=True):
-            assert items.setdefault(row, what) == what
-        assert batch.target_weight_P.tolist() == batches[0].target_weight_P.tolist()
-        assert batch.fresh_row_F.tolist() == batches[0].fresh_row_F.tolist()
-        for row, place in zip(table.row_U.tolist(), table.fresh_U.tolist(), strict=True):
-            assert place < 0 or batch.fresh_row_F[place] == row
+def held(batch: StepBatch) -> dict[str, Any]:
+    """What a rank holds that others may hold too, as plain values."""
+    table = batch.table
+    columns = (table.row_U, table.platform_U, table.text_group_U, table.keep_id_U, table.fresh_U)
     return {
-        "items": items,
-        "fresh": sorted(row for row in batches[0].fresh_row_F.tolist() if row >= 0),
-        "blocks": {block for batch in batches for block in blocks_of(batch)},
-        "weight": batches[0].target_weight_P.tolist(),
+        "items": {row: what for row, *what in zip(*(column.tolist() for column in columns), strict=True)},
+        "fresh": batch.fresh_row_F.tolist(),
+        "blocks": set(blocks_of(batch)),
+        "weight": batch.target_weight_P.tolist(),
     }
 
 
-def collate_pickled(comm: Any, manifest: Manifest, items: Items, step: int) -> bytes:
-    """For processes: this rank's batch."""
-    return pickle.dumps(collate(manifest, items, comm, step, {}, accumulation=2))
+def together(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What ranks hold together, whatever their number; what several of them hold, they hold alike."""
+    items: dict[int, list[Any]] = {}
+    for rank in ranks:
+        assert (rank["fresh"], rank["weight"]) == (ranks[0]["fresh"], ranks[0]["weight"])
+        for row, (*what, place) in rank["items"].items():
+            assert place < 0 or rank["fresh"][place] == row
+            assert items.setdefault(row, [*what, place >= 0]) == [*what, place >= 0]
+    return {
+        "items": items,
+        "fresh": sorted(row for row in ranks[0]["fresh"] if row >= 0),
+        "blocks": set().union(*(rank["blocks"] for rank in ranks)),
+        "weight": ranks[0]["weight"],
+    }
+
+
+def collate_held(comm: Any, manifest: Manifest, items: Items, step: int) -> dict[str, Any]:
+    """For processes: `held` of this rank's batch."""
+    return held(collate(manifest, items, comm, step, {}, accumulation=2))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.schema import DAY
 from dtrain.data.shards import ShardReader
 from dtrain.data.trends import TrendConfig
-from tests.batch_toys import TOKENS, blocks_of, collate, collate_pickled, make_plan, on_ranks, read_step, shared
+from tests.batch_toys import TOKENS, blocks_of, collate, collate_held, held, make_plan, on_ranks, read_step, together
 from tests.ranks import run_ranks
 from tests.stream_toys import prepared
 
@@ -84,7 +83,7 @@ def meaning(batches: list[StepBatch]) -> dict[str, Any]:
                     )
         samples += batch.sample_ids
     return {
-        **shared(batches),
+        **together([held(batch) for batch in batches]),
         "texts": text_of,
         "samples": samples,
         "positions": sorted(positions),  # of histories, each in one piece, whose order within a rank means nothing
@@ -113,8 +112,8 @@ def test_a_step_means_the_same_for_every_world_size_and_accumulation(
 
 
 def test_real_ranks_agree(manifest: Manifest, items: Items, tmp_path: Path) -> None:
-    results = run_ranks(2, tmp_path, collate_pickled, manifest, items, 3)
-    assert shared([pickle.loads(result) for result in results]) == shared([alone(manifest, items, 3)])
+    results = run_ranks(2, tmp_path, collate_held, manifest, items, 3)
+    assert together(results) == together([held(alone(manifest, items, 3))])
 
 
 def test_positions_are_the_windows_next_items(manifest: Manifest, items: Items) -> None:

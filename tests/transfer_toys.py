@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.world import World
-from dtrain.train.blending import fit_blend
 from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from tests import eval_toys
@@ -32,17 +28,10 @@ def train(config: Path, *keys: str) -> Path:
 
 
 def trained(folder: Path, shops: Path, encoder: Path) -> Path:
-    """The config of a run in `folder` that was trained on garden and kitchen, texts weighing something on garden."""
+    """The config of a run in `folder` that was trained on garden and kitchen."""
     sections = {"evaluate": {"resamples": 1000}, "checkpoint": {"weights_every": 4}}
     config = run_config(folder, shops, encoder, **sections)
-
-    def fit_with_texts(model: Any, *more: Any, **named: Any) -> None:
-        fit_blend(model, *more, **named)  # which may give texts no weight on toys
-        model.blend.set(0, replace(model.blend.of(0), texts=2.0))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dtrain.train.validation.fit_blend", fit_with_texts)
-        train(config)
+    train(config)
     return config
 
 
