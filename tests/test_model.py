@@ -296,3 +296,16 @@ def test_event_types_are_counted_per_platform(model: Recommender) -> None:
         model.user.event.weight[EVENTS["left"]] += torch.randn(item_ND.shape[1])
     torch.testing.assert_close(user(0, 0), left, rtol=0, atol=0)
     assert not torch.allclose(user(1, 0), right)
+
+
+def test_what_other_ranks_alone_need_is_remembered_too_and_what_fills_up_is_not(model: Recommender) -> None:
+    batch, memory = toy_batch(SAMPLES), model.memory
+    assert memory is not None
+    rows = batch.table.row_U.tolist()
+    absent, *_, last = (row for row in range(len(memory.vector_IH)) if row not in rows)
+    assert last == len(memory.vector_IH) - 1  # where a row of -1 would be written
+    before_H = memory.vector_IH[last].clone()
+    gathered = dataclasses.replace(batch, fresh_row_F=torch.tensor([*rows, absent, -1]))
+    model(gathered, lambda rows_NH: torch.cat([rows_NH, rows_NH[:2]]))
+    assert torch.equal(memory.vector_IH[absent], memory.vector_IH[rows[0]])
+    assert torch.equal(memory.vector_IH[last], before_H)
