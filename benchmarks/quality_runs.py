@@ -39,8 +39,11 @@ __all__ = [
     "trained",
 ]
 
-#: Sections that decide how and where a run happens, not what it learns.
-_ASIDE = ("run", "cluster", "dist", "checkpoint", "evaluate")
+#: Sections and keys that decide how and where a run happens, not what it learns.
+_ASIDE = (
+    *("run", "cluster", "dist", "checkpoint", "evaluate"),
+    *("batch.accumulation", "batch.history_buckets", "batch.text_buckets"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +111,9 @@ def model_job(recipe: Recipe, manifest: Manifest, seed: int, platform: str = "")
 def recipe_content(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     """What of a run's config decides its result, and its data's fingerprint."""
     content = to_dict(config)
-    for section in _ASIDE:
-        content.pop(section)
+    for name in _ASIDE:
+        section, _, key = name.rpartition(".")
+        (content[section] if section else content).pop(key)
     content["data"] = {"manifest": manifest.fingerprint}
     content["model"]["encoder"]["name"] = Path(content["model"]["encoder"]["name"]).name
     return content

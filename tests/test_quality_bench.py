@@ -145,7 +145,7 @@ def test_a_model_job_is_known_by_recipe_data_and_seed_not_by_where_it_runs(plan:
         chosen = ("data.platforms=[left,right]", *overrides)
         return model_job(Recipe(path=path, overrides=chosen), plan.manifest, seed, platform).key
 
-    assert key() == plan.joint_jobs[0].key == key("run=elsewhere", "dist.threads=2", "checkpoint.keep_last=9")
+    assert key() == plan.joint_jobs[0].key == key("run=elsewhere", "dist.threads=2", "batch.text_buckets=2")
     others = [key("optimizer.lr=0.02"), key(seed=1), key(platform="left"), key(platform="right")]
     assert len({key(), *others}) == 5
     left = dataclasses.replace(plan.manifest.platform("left"), split_fingerprint="another")
