@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where results are kept")
     parser.add_argument("--config", default="configs/train/seven.yaml", help="of the joint model")
     parser.add_argument("--data", default="configs/data/seven.yaml", help="what the platforms were prepared by")
-    parser.add_argument("--seeds", default="0,1,2", help="of the joint model; the other trainings have the first")
+    parser.add_argument("--seeds", default="0,1,2", help="of joint and solo models; the other trainings have the first")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--platforms", type=_names, default=[], help="of all but the joint model; default: all")
     parser.add_argument("--peers", type=_names, default=[], help="default: all")
@@ -109,7 +109,7 @@ def plan_of(recipe: Recipe, seeds: Sequence[int], budget_s: float) -> Plan:
     """Every job there is. The joint model of the first seed comes first, what is quick next, then the rest."""
     manifest, encoder = recipe.manifest(), recipe.load().model.encoder
     budgets = _budgets(recipe, manifest, seeds[0], budget_s)
-    solo = {platform: model_job(recipe, manifest, seeds[0], platform) for platform in manifest.platforms}
+    solo = {platform: [model_job(recipe, manifest, s, platform) for s in seeds] for platform in manifest.platforms}
     return Plan(
         manifest=manifest,
         encoder=encoder,
@@ -123,7 +123,7 @@ def plan_of(recipe: Recipe, seeds: Sequence[int], budget_s: float) -> Plan:
         budgets=budgets,
         joint_jobs=[model_job(recipe, manifest, seed) for seed in seeds],
         solo_jobs=solo,
-        transfers={p: transfer_of(recipe, manifest, seeds[0], p, solo[p]) for p in manifest.platforms}
+        transfers={p: transfer_of(recipe, manifest, seeds[0], p, solo[p][0]) for p in manifest.platforms}
         if len(manifest.platforms) > 1
         else {},
     )
@@ -146,7 +146,7 @@ def _wanted(plan: Plan, parts: Sequence[str], platforms: Sequence[str], names: S
     here = [platform for platform in plan.manifest.platforms if not platforms or platform in platforms]
     by_part = {
         "joint": [plan.joint_jobs[:1], plan.joint_jobs[1:]],
-        "solo": [[], [plan.solo_jobs[platform] for platform in here]],
+        "solo": [[], [job for of_seed in zip(*(plan.solo_jobs[p] for p in here), strict=True) for job in of_seed]],
         "transfer": [
             [],
             [job for platform in here if platform in plan.transfers for job in plan.transfers[platform].jobs],

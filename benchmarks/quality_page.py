@@ -115,12 +115,14 @@ def _solo(numbers: Numbers) -> str:
         found = numbers.against("solo", platform)
         verdict = _NOT_RUN if found is None else _sign(found)
         values = (_value(numbers.mean(name, platform)) for name in ("joint", "solo"))
-        rows.append((platform, *values, _interval(found, "+.4f"), verdict))
+        seeds = ", ".join(str(len(numbers.results(name, platform))) for name in ("joint", "solo"))
+        rows.append((platform, *values, _interval(found, "+.4f"), verdict, seeds))
     note = (
         "\nThe solo model has the same config on that platform alone, and as many of its samples as the joint model "
-        "sees of it: steps, warm-up and the distance of validations are scaled by the platform's share."
+        "sees of it: steps, warm-up and the distance of validations are scaled by the platform's share. A user's gain "
+        "is the mean over the seeds."
     )
-    return table(("platform", "joint", "solo", "joint - solo", ""), rows) + note
+    return table(("platform", "joint", "solo", "joint - solo", "", "seeds of each"), rows) + note
 
 
 def _transfers(numbers: Numbers) -> str:

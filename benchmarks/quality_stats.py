@@ -36,7 +36,7 @@ class Plan:
     peer_jobs: Mapping[tuple[str, str], Job]  # (peer, platform)
     budgets: Mapping[str, float]  # most seconds of one training of SASRec, by platform
     joint_jobs: Sequence[Job]  # one a seed
-    solo_jobs: Mapping[str, Job]  # by platform
+    solo_jobs: Mapping[str, Sequence[Job]]  # by platform, one a seed
     transfers: Mapping[str, Transfer] = field(default_factory=dict)  # by the platform that is left out
 
 
@@ -78,12 +78,13 @@ class Numbers:
 
     def results(self, name: str, platform: str) -> list[Result]:
         """Those that were run, one a seed, of a peer, of "joint" or of "solo"."""
-        jobs: Sequence[Job | None]
         if name == "joint":
             jobs = self.plan.joint_jobs
+        elif name == "solo":
+            jobs = self.plan.solo_jobs[platform]
         else:
-            jobs = [self.plan.solo_jobs[platform] if name == "solo" else self.plan.peer_jobs.get((name, platform))]
-        return [found for job in jobs if job and (found := self.result(job)) is not None]
+            jobs = [job] if (job := self.plan.peer_jobs.get((name, platform))) else []
+        return [found for job in jobs if (found := self.result(job)) is not None]
 
     def by_seed(self, name: str, platform: str, metric: str, split: str = "test") -> list[np.ndarray]:
         """Each user's gain, float64 [B], for every seed that was run."""
@@ -127,9 +128,9 @@ class Numbers:
         return None if found is None else float(gains(found.ranks[job.platforms[0]][split], metric).mean())
 
     def kept_share(self, platform: str, share: float) -> float | None:
-        """NDCG@10 of the model adapted with that share of the users, of the solo model's with all."""
-        own = self.job_mean(self.plan.transfers[platform].adapted[share])
-        solo = self.job_mean(self.plan.solo_jobs[platform])
+        """NDCG@10 of the model adapted with that share of the users, of the solo model's with all, same seed."""
+        transfer = self.plan.transfers[platform]
+        own, solo = self.job_mean(transfer.adapted[share]), self.job_mean(transfer.fresh[1.0])
         return None if own is None or not solo else own / solo
 
     def against(self, name: str, platform: str, cold: bool = False) -> Interval | None:
@@ -153,7 +154,8 @@ class Numbers:
     def facts(self) -> dict[str, Any]:
         """Commits that results were made at, and which seeds of the joint model there are."""
         moved = [job for transfer in self.plan.transfers.values() for job in transfer.jobs]
-        jobs = [*self.plan.peer_jobs.values(), *self.plan.joint_jobs, *self.plan.solo_jobs.values(), *moved]
+        alone = [job for jobs in self.plan.solo_jobs.values() for job in jobs]
+        jobs = [*self.plan.peer_jobs.values(), *self.plan.joint_jobs, *alone, *moved]
         kept = [found for job in jobs if (found := self.result(job)) is not None]
         return {
             "kept": len(kept),

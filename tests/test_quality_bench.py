@@ -94,7 +94,7 @@ def test_the_page_has_what_was_run_and_a_missing_job_stays_missing(plan: Plan, t
     for (name, _), one in plan.peer_jobs.items():
         keep(plan, cache, one, 3 if name == "popularity" else 7)
     keep(plan, cache, plan.joint_jobs[0], 1)
-    keep(plan, cache, plan.solo_jobs["left"], 1)
+    keep(plan, cache, plan.solo_jobs["left"][0], 1)
     numbers = Numbers(plan, cache)
     assert numbers.best_peer("left") == "popularity"
     ratio = numbers.ratio("left")
@@ -110,12 +110,28 @@ def test_the_page_has_what_was_run_and_a_missing_job_stays_missing(plan: Plan, t
     assert "<rect" in (tmp_path / "page.svg").read_text()
 
 
+def test_joint_and_solo_are_compared_over_all_their_seeds(plan: Plan, tmp_path: Path) -> None:
+    cache, alone = Cache(tmp_path / "work"), plan.solo_jobs["left"]
+    assert [(job.seed, job.platforms) for job in alone] == [(0, ("left",)), (1, ("left",))]
+    keep(plan, cache, plan.joint_jobs[0], 1)
+    for job, rank in zip(alone, (1, 3), strict=True):  # gains of 1 and of a half
+        keep(plan, cache, job, rank)
+    numbers = Numbers(plan, cache)
+    difference = numbers.against("solo", "left")
+    assert difference is not None
+    assert difference.mean == pytest.approx(1 - (1 + 0.5) / 2)
+    text = render(numbers).split("## Joint model against our own model of one platform")[1]
+    row = next(line for line in text.splitlines() if line.startswith("| left"))
+    assert row == "| left | 1.0000 | .7500 | +0.2500 [+0.2500, +0.2500] | joint ahead | 1, 2 |"
+    assert "| our solo model | .7500 ± .3536 (1.000) | not run |" in render(numbers)
+
+
 def test_a_goal_that_is_missed_is_said_to_be(plan: Plan, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "work")
     for one in plan.peer_jobs.values():
         keep(plan, cache, one, 2)
     keep(plan, cache, plan.joint_jobs[0], 9)
-    keep(plan, cache, plan.solo_jobs["right"], 4)
+    keep(plan, cache, plan.solo_jobs["right"][0], 4)
     verdicts = [goal.verdict for goal in goals(Numbers(plan, cache))]
     assert verdicts[:3] == ["**NOT met**"] * 3  # one solo model is enough to be behind it
 
@@ -156,10 +172,11 @@ def test_a_model_job_is_known_by_recipe_data_and_seed_not_by_where_it_runs(plan:
 
 
 def test_the_solo_model_has_its_platforms_share_of_the_steps(plan: Plan, tmp_path: Path) -> None:
-    steps = {name: one.config["train"]["steps"] for name, one in plan.solo_jobs.items()}
+    first = {name: jobs[0] for name, jobs in plan.solo_jobs.items()}
+    steps = {name: one.config["train"]["steps"] for name, one in first.items()}
     assert sum(steps.values()) == pytest.approx(12, abs=1)
     assert steps["left"] > steps["right"]
-    assert all(one.config["schedule"]["total_steps"] == steps[name] for name, one in plan.solo_jobs.items())
+    assert all(one.config["schedule"]["total_steps"] == steps[name] for name, one in first.items())
 
 
 def test_a_second_call_runs_nothing_again(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

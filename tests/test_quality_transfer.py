@@ -89,7 +89,7 @@ def test_the_page_says_what_was_moved_and_what_was_not(work: Path) -> None:
     assert kitchen.count("not run") == 8
     assert [goal.verdict for goal in goals(numbers) if goal.text.startswith("adapted")] == ["not measured"]
     tenth = numbers.plan.transfers["garden"].adapted[0.1]
-    solo, own = (numbers.job_mean(job) for job in (numbers.plan.solo_jobs["garden"], tenth))
+    solo, own = (numbers.job_mean(job) for job in (numbers.plan.solo_jobs["garden"][0], tenth))
     assert solo
     assert own is not None
     assert numbers.kept_share("garden", 0.1) == pytest.approx(own / solo)
