@@ -108,13 +108,18 @@ def open_training(config: RunConfig, comm: Comm) -> Iterator[Training]:
 
 
 def measure(config: RunConfig, comm: Comm, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Train as the job says; what each step took and gave. A collective call."""
+    """Train as the job says; what each step took and gave. A collective call.
+
+    With `validate_s`, a curve of validations, the first one after the first step. Its seconds are of wall time, from
+    the opening of the data on, and the validations are in it.
+    """
     only, limit = set(job.get("only", [])), float(job.get("seconds", 1e9))
-    validate_s, trained_s = float(job.get("validate_s", 0)), 0.0
+    every, began, trained_s = float(job.get("validate_s", 0)), time.perf_counter(), 0.0
     found: dict[str, Any] = {"step_s": [], "wait_s": [], "loss": [], "targets": [], "tokens": [], "cells": []}
     curve: list[dict[str, Any]] = []
     with open_training(config, comm) as training:
-        validate = validator(config, training.inputs, training.engine, comm) if validate_s else None
+        validate = validator(config, training.inputs, training.engine, comm) if every else None
+        open_s = time.perf_counter() - began
         while len(found["loss"]) < int(job["steps"]) and not _agreed(comm, trained_s > limit):
             step = training.step(only)
             trained_s += step.step_s
@@ -122,10 +127,11 @@ def measure(config: RunConfig, comm: Comm, job: Mapping[str, Any]) -> dict[str, 
                 found[name].append(getattr(step, name))
             found["tokens"].append(step.batch.tokens)
             found["cells"].append(step.batch.padded_tokens)
-            if validate is not None and _agreed(comm, trained_s > validate_s * (len(curve) + 1)):
-                curve.append({"trained_s": trained_s, "valid": validate()})
-        found |= {"precision": training.engine.precision, "curve": curve, "threads": torch.get_num_threads()}
-        found["device"] = comm.device.type
+            if validate is not None and _agreed(comm, trained_s > every * len(curve)):
+                valid = validate()
+                curve.append({"spent_s": time.perf_counter() - began, "valid": valid})
+        found |= {"precision": training.engine.precision, "threads": torch.get_num_threads()}
+        found |= {"curve": curve, "open_s": open_s, "device": comm.device.type}
         found["freeze"], found["fresh_items"] = config.model.freeze.policy, config.batch.fresh_items
     return found | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

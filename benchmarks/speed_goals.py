@@ -105,8 +105,8 @@ def first_reach(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None
     if not (theirs and ours and theirs["curve"] and ours["curve"]):
         return None
     best = max(theirs["curve"], key=macro)
-    reached = next((point["trained_s"] for point in ours["curve"] if macro(point) >= macro(best)), None)
-    return macro(best), best["trained_s"], best["trained_s"] / reached if reached else 0.0
+    reached = next((point["spent_s"] for point in ours["curve"] if macro(point) >= macro(best)), None)
+    return macro(best), best["spent_s"], best["spent_s"] / reached if reached else 0.0
 
 
 def share_of_roofline(found: Mapping[str, Any]) -> float:

@@ -95,6 +95,18 @@ def test_the_product_computes_the_loss_that_the_others_compute(pairs: Path, tiny
     assert found["targets"] == [BATCH] * STEPS
 
 
+def test_our_curve_counts_everything_since_the_data_was_opened(pairs: Path, tiny_encoder: Path) -> None:
+    config = pairs_config(pairs, tiny_encoder)
+    assert measure(config, ALONE, {"steps": 1})["curve"] == []
+    found = measure(config, ALONE, {"steps": 3, "validate_s": 1e-9})
+    spent = [point["spent_s"] for point in found["curve"]]
+    assert len(spent) == 3
+    assert spent == sorted(spent)
+    assert spent[0] > found["open_s"] + found["step_s"][0]
+    assert spent[-1] > found["open_s"] + sum(found["step_s"])
+    assert all(0 <= point["valid"]["shop"]["ndcg@10"] <= 1 for point in found["curve"])
+
+
 def test_pairs_of_a_step_without_equal_targets_are_neighbours_in_a_history(
     pairs: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -213,7 +225,7 @@ def test_a_row_is_kept_until_its_job_changes(tmp_path: Path) -> None:
 
 def test_time_to_their_best_counts_from_when_we_first_pass_it() -> None:
     def curve(*points: tuple[float, float]) -> dict[str, Any]:
-        return {"curve": [{"trained_s": s, "valid": {"a": {"ndcg@10": v}, "b": {"ndcg@10": v}}} for s, v in points]}
+        return {"curve": [{"spent_s": s, "valid": {"a": {"ndcg@10": v}, "b": {"ndcg@10": v}}} for s, v in points]}
 
     theirs = curve((600, 0.02), (1200, 0.03), (1800, 0.025))
     assert first_reach(theirs, curve((30, 0.01), (60, 0.04), (90, 0.05))) == (0.03, 1200, 20.0)

@@ -75,7 +75,7 @@ class Curve:
 
     def add(self, trained_s: float) -> None:
         found = {name: {"ndcg@10": self._ndcg(users)} for name, users in self.valid.items()}
-        self.points.append({"trained_s": trained_s, "valid": found})
+        self.points.append({"spent_s": trained_s, "valid": found})
 
     def _ndcg(self, users: dict[str, Any]) -> float:
         item_NH, user_BH = self.encode(users["items"]), self.encode(users["histories"])
