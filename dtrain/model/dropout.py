@@ -1,7 +1,8 @@
 """Dropout (Srivastava et al. 2014) whose random numbers are cheap on a CPU.
 
-`torch.dropout` draws one number an element, which on a CPU that is not Intel's takes 6 to 12 ns; here 16 bits of a number
-decide and no booleans are made, which torch is slow to convert: 1 ns. The mask follows from torch's generator, as there.
+`torch.dropout` draws one number an element, which on a CPU that is not Intel's takes 6 to 12 ns. Here 16 bits
+of a number decide, and nothing is made of booleans, which torch is slow to convert: 1 ns. The mask follows from
+torch's generator, as there.
 """
 
 from __future__ import annotations
