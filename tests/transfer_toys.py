@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.world import World
-from dtrain.model.transfer import is_own
 from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from tests import eval_toys
@@ -65,11 +64,6 @@ def store_names(run: Path, kind: str) -> list[str]:
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def own_and_trained(names: Iterable[str]) -> set[str]:
-    """What belongs to single platforms and is trained: a blend is chosen, and statistics are taken."""
-    return {name for name in names if is_own(name) and not name.startswith(("blend.", "items.standardize."))}
 
 
 def adapted(base: Path, folder: Path, data: Path, *keys: str) -> Path:
