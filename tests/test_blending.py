@@ -50,8 +50,7 @@ def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
     mix = Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.25, cold_texts=1.25, arrivals=0.75, head_start=2.0)
     user_BD = encoded_users(case.model, shelf, subject, share)
     found = shelf.scorer(user_BD, subject.users.histories[share], subject.days(share), mix)(slice(1, 6)).numpy()
-    by = case.model.items.standardize
-    standard = (text_NH[subject.rows] - by.mean_PH[subject.number]) * by.scale_PH[subject.number]
+    standard = (text_NH[subject.rows] - case.model.items.standardize.mean_H) * case.model.items.standardize.scale_H
     unit = (standard / standard.norm(dim=1, keepdim=True)).numpy()
     cold = np.flatnonzero(subject.catalog.counts == 0)
     assert 1 < len(cold) < subject.items

@@ -78,14 +78,13 @@ def test_an_unseen_platform_is_ranked_with_shared_weights_and_neutral_parts(
         for block in model.user.blocks:
             table = block.attention.distance.weight
             table.copy_(table.view(2, -1, table.shape[1]).mean(0).repeat(2, 1))
-    texts_weight, standardize = UNSEEN_TEXTS, model.items.standardize
+    texts_weight = UNSEEN_TEXTS
     manifest, tokenizer = Manifest.load(other), AutoTokenizer.from_pretrained(run / "encoder")
     for name in ("left", "right"):
         texts = [str(text) for text in Catalog.open(manifest, name).texts]
         encoded = [tokenizer(text, return_tensors="pt", truncation=True, max_length=12) for text in texts]
         text_NH = torch.cat([model.encode_texts(e["input_ids"], e["attention_mask"]) for e in encoded])
-        standardize.fit(text_NH, 0)  # by its own texts, whatever the others' were
-        standard_NH = standardize(text_NH, 0)
+        standard_NH = model.items.standardize(text_NH)
         unit_NH = standard_NH / standard_NH.norm(dim=1, keepdim=True)
         nothing = torch.zeros(len(texts), dtype=torch.int64)
         item_ND, _ = model.item_vectors(text_NH, nothing, nothing, torch.zeros(len(texts), dtype=torch.bool))
@@ -192,15 +191,6 @@ def test_a_run_begins_with_exactly_what_is_said(base: Path, run: Path, both: Pat
     opened: Any = open_run(tmp_path / "run", ALONE)
     text_NH = encode_catalog(opened.model.encode_texts, list(opened.inputs.caches.values()), ALONE, batch_tokens=4096)
     torch.testing.assert_close(began["memory.vector_IH"], text_NH, rtol=1e-4, atol=1e-5)
-    # Texts of the platform it knows are standardised as in training, those of the others by what they have in common.
-    means = [own_NH.mean(0) for own_NH in text_NH.split(sizes)]
-    for name, rows in (("mean_PH", means), ("scale_PH", [])):
-        table_PH, before_PH = (found[f"items.standardize.{name}"] for found in (began, theirs))
-        assert torch.equal(table_PH[2], before_PH[1])
-        assert not torch.allclose(table_PH[0], table_PH[1])
-        assert not torch.allclose(before_PH[0], before_PH[1])
-        for own_H, mean_H in zip(table_PH, rows[:2], strict=False):
-            torch.testing.assert_close(own_H, mean_H, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_begins_with_a_checkpoint_of_weights_alone_and_its_temperature(
@@ -219,8 +209,7 @@ def test_adapters_alone_leave_everything_shared_as_it_was(base: Path, run: Path,
     shared = {name: value for name, value in before.items() if not (is_own(name) or name.startswith("memory."))}
     assert not changed(shared, after)
     fresh = weights(adapted(base, tmp_path / "fresh", both, *STILL))
-    untrained = ("blend.", "items.standardize.")  # a blend is chosen, and statistics are taken
-    own = {name for name in after if is_own(name) and not name.startswith(untrained)}
+    own = {name for name in after if is_own(name) and not name.startswith("blend.")}  # a blend is chosen, not trained
     assert {name for name in changed(fresh, after) if not name.startswith(("memory.", "blend."))} == own
     assert not set(store_names(tmp_path / "run", "exp_avg")) - own
 

@@ -42,7 +42,7 @@ from dtrain.train.shelf import Shelf
 __all__ = ["FORMAT", "Item", "LoadedRecommender", "Platform", "load", "model_config", "open_platform"]
 
 #: Version of the folder's layout.
-FORMAT = 6
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)

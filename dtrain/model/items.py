@@ -28,7 +28,7 @@ class ItemTower(nn.Module):
     def __init__(self, config: ModelConfig, *, hidden: int, items: int, platforms: int, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        self.standardize = Standardize(hidden, platforms)
+        self.standardize = Standardize(hidden)
         self.project = _projection(hidden, config.dim) if config.project else None
         if not config.project and config.dim != hidden:
             raise ConfigError(
@@ -48,7 +48,7 @@ class ItemTower(nn.Module):
         Returns (vectors [N, D], biases [N]), both fp32; vectors have length 1 under a cosine objective. The text's
         part has length 1 before the id vector is added, so that one learning rate fits every encoder.
         """
-        text_NH = self.standardize(text_NH, platform_N)
+        text_NH = self.standardize(text_NH)
         vector_ND = unit(text_NH if self.project is None else self.project(text_NH))
         if self.id is not None:
             vector_ND = vector_ND + self.id(row_N).float() * known_N[:, None]
@@ -80,33 +80,31 @@ class Exact(nn.Module):
 
 
 class Standardize(Exact):
-    """A platform's text vectors at mean 0 and deviation 1 in every dimension, by statistics of the pretrained encoder.
+    """Text vectors at mean 0 and standard deviation 1 in every dimension, by statistics of the pretrained encoder.
 
     What a platform's texts have in common fills much of a pretrained vector; without it, items differ more. The
-    statistics are taken once, when the platform comes to a model; until then this is the identity.
+    statistics are taken once, when a run begins; until then this is the identity.
     """
 
-    mean_PH: Tensor
-    scale_PH: Tensor
+    mean_H: Tensor
+    scale_H: Tensor
 
-    def __init__(self, hidden: int, platforms: int) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.register_buffer("mean_PH", torch.zeros(platforms, hidden))
-        self.register_buffer("scale_PH", torch.ones(platforms, hidden))
+        self.register_buffer("mean_H", torch.zeros(hidden))
+        self.register_buffer("scale_H", torch.ones(hidden))
 
-    def forward(self, text_NH: Tensor, platform_N: Tensor | int) -> Tensor:
-        """fp32 [N, H] of vectors of these platforms, or of one."""
+    def forward(self, text_NH: Tensor) -> Tensor:
         # As a sum, it is one pass over what is the largest input of a step with remembered vectors.
-        shift_PH = -self.mean_PH * self.scale_PH
-        return torch.addcmul(shift_PH[platform_N], text_NH.float(), self.scale_PH[platform_N])
+        return torch.addcmul(-self.mean_H * self.scale_H, text_NH.float(), self.scale_H)
 
     @torch.no_grad()
-    def fit(self, text_NH: Tensor, platform: int) -> None:
-        """Take a platform's statistics from these text vectors."""
-        self.mean_PH[platform] = text_NH.mean(0)
+    def fit(self, text_NH: Tensor) -> None:
+        """Take the statistics of these text vectors."""
+        self.mean_H.copy_(text_NH.mean(0))
         # A dimension that hardly varies carries nothing; the floor keeps it from being blown up.
         deviation_H = text_NH.std(0, unbiased=False)
-        self.scale_PH[platform] = 1 / deviation_H.clamp(min=0.05 * float(deviation_H.mean()) + 1e-6)
+        self.scale_H.copy_(1 / deviation_H.clamp(min=0.05 * float(deviation_H.mean()) + 1e-6))
 
 
 class Memory(Exact):

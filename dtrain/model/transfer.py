@@ -29,9 +29,7 @@ UNSEEN_TEXTS = 64.0
 _OWN = (
     (re.compile(r"items\.(id|bias)\.weight"), "item"),
     (
-        re.compile(
-            r"(items|user)\.adapter\.\w+|items\.standardize\.\w+|blend\.(statistics|cold_\w+|arrivals|head_start)_P"
-        ),
+        re.compile(r"(items|user)\.adapter\.\w+|blend\.(statistics|cold_\w+|arrivals|head_start)_P"),
         "platform",
     ),
     (re.compile(r"blend\.trend_P"), "trend"),
@@ -75,10 +73,9 @@ def take_over(
     """Fill a newly built `model` of the platforms `new` with weights that were trained on the platforms `old`.
 
     Platforms in `kept`, which must be the same in both, get their own rows. The others keep what they were built with
-    (adapters that add nothing, id vectors and biases of zero, no statistics of texts), event vectors and a weight of
-    the trend of zero, for attention biases the mean over `old`, and for texts `UNSEEN_TEXTS`. Memory is left alone.
-    `temperature` is the one that those weights began with. Raises ConfigError, naming `whose` they are, where shapes
-    differ.
+    (adapters that add nothing, id vectors and biases of zero), event vectors and a weight of the trend of zero, for
+    attention biases the mean over `old`, and for texts `UNSEEN_TEXTS`. Memory is left alone. `temperature` is the one
+    that those weights began with. Raises ConfigError, naming `whose` they are, where shapes differ.
     """
     parameters, saved = dict(model.named_parameters()), {k: set(source.names(k)) for k in ("master", "buffer")}
     _check_names(parameters.keys(), saved["master"], whose)

@@ -172,14 +172,13 @@ def _check_world(config: RunConfig, world: World) -> None:
 def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStore, commit: Commit | None) -> BaseEngine:
     """The engine with the checkpoint's state, or with pretrained weights or another run's, and filled memory."""
     model = build_module(config, inputs, pretrained=True)
-    known: list[str] = []
     if isinstance(model, Recommender):
         if commit is None and config.train.init_from:
-            known = start_from(model, config, inputs, comm)
+            start_from(model, config, inputs, comm)
         choose_trained(model, config)
     model.to(comm.device)
     if commit is None and isinstance(model, Recommender):
-        prime(model, inputs, comm, config, known)
+        prime(model, inputs, comm, config)
     torch.manual_seed(seed_of(config.plan.seed, "rank", comm.world.rank))
     engine = build_engine(config.engine, config.optimizer, config.schedule, model, parameter_roles(model), comm)
     if commit is not None:

@@ -24,7 +24,7 @@ from dtrain.train.config import RunConfig
 from dtrain.train.merged import merged
 from dtrain.train.origin import Origin, fill, same_builds, seen
 from dtrain.train.runfiles import RunFiles
-from dtrain.train.setup import Inputs, build_module, open_inputs, pinned, standardize
+from dtrain.train.setup import Inputs, build_module, open_inputs, pinned
 
 __all__ = [
     "OpenRun",
@@ -115,7 +115,6 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice:
     kept = same_builds(origin, inputs) if other else []
     if other and isinstance(model, Recommender):
         fill(model, origin, inputs, kept)
-        standardize(model.to(comm.device), inputs, comm, config, kept)
     else:
         load_weights(model, origin.source)
     return OpenRun(files, config, inputs, model.eval(), commit, seen(origin, inputs, kept) if other else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from dtrain.train.config import RunConfig
 from dtrain.train.kept import catalog_vectors
 from dtrain.train.vectors import EvenSample, encode_catalog
 
-__all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime", "standardize"]
+__all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime"]
 
 _STATISTICS = 4096  # items of each platform that the statistics of text vectors are taken from
 
@@ -99,38 +98,28 @@ def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.M
     return build_model(config.model, config.objective, sizes, events, pretrained=pretrained)
 
 
-def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig, known: Collection[str] = ()) -> None:
+def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> None:
     """What a new run takes from the encoder it begins with: statistics of text vectors, and remembered vectors.
 
-    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. Platforms that
-    are `known` have the statistics that the weights they begin with were trained on. Collective.
+    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. The statistics
+    of a run that begins with another's weights are that one's, which its projection was trained on. Collective.
     """
-    if config.batch.fresh_items is None:
-        standardize(model, inputs, comm, config, known)
+    whole = config.batch.fresh_items is not None
+    fits = config.model.standardize and not config.train.init_from
+    if not (fits or whole):
         return
-    training = model.training
-    cells = config.evaluate.batch_tokens
-    text_IH = catalog_vectors(model.eval().encoder, inputs.manifest, inputs.caches, comm, batch_tokens=cells, keep=True)
-    text_IH = text_IH.to(comm.device)
-    if config.model.standardize:
-        parts = torch.split(text_IH, [len(catalog) for catalog in inputs.catalogs.values()])
-        for number, (name, text_NH) in enumerate(zip(inputs.platforms, parts, strict=True)):
-            if name not in known:
-                model.items.standardize.fit(text_NH, number)
-    if model.memory is not None:
-        model.memory.write(torch.arange(len(text_IH), device=comm.device), text_IH)
-    model.train(training)
-
-
-def standardize(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig, known: Collection[str] = ()) -> None:
-    """Take the statistics of the texts of every platform that is not `known`, from an even sample. Collective."""
-    training = model.training
+    training, cells = model.training, config.evaluate.batch_tokens
     model.eval()
-    for number, (name, cache) in enumerate(inputs.caches.items()):
-        if config.model.standardize and name not in known:
-            sample, cells = EvenSample(cache, _STATISTICS), config.evaluate.batch_tokens
-            text_NH = encode_catalog(model.encode_texts, [sample], comm, batch_tokens=cells)
-            model.items.standardize.fit(text_NH.to(comm.device), number)
+    if whole:
+        text_NH = catalog_vectors(model.encoder, inputs.manifest, inputs.caches, comm, batch_tokens=cells, keep=True)
+    else:
+        samples = [EvenSample(cache, _STATISTICS) for cache in inputs.caches.values()]
+        text_NH = encode_catalog(model.encode_texts, samples, comm, batch_tokens=cells)
+    text_NH = text_NH.to(comm.device)
+    if fits:
+        model.items.standardize.fit(text_NH)
+    if whole and model.memory is not None:
+        model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
     model.train(training)
 
 

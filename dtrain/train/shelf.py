@@ -124,7 +124,7 @@ def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: to
     return Shelf(
         vector_ND=vector_ND,
         bias_N=bias_N,
-        text_NH=unit(model.items.standardize(own_NH.to(device), subject.number)) if last else None,
+        text_NH=unit(model.items.standardize(own_NH.to(device))) if last else None,
         cold_C=torch.from_numpy(np.flatnonzero(subject.catalog.counts == 0)).to(device),
         neighbours=subject.neighbours,
         trends=subject.trends,

@@ -40,8 +40,8 @@ _SAME = (
 )
 
 
-def start_from(model: Recommender, config: RunConfig, inputs: Inputs, comm: Comm) -> list[str]:
-    """Fill a newly built model with the weights of `train.init_from`; the platforms it knows. A collective call.
+def start_from(model: Recommender, config: RunConfig, inputs: Inputs, comm: Comm) -> None:
+    """Fill a newly built model with the weights of `train.init_from`. A collective call.
 
     Platforms with the same name, items and event types keep their own parts, the others get neutral ones (see
     `take_over`). Raises ConfigError when that run's model or tokenizer is another, or there is no such run or step,
@@ -69,7 +69,6 @@ def start_from(model: Recommender, config: RunConfig, inputs: Inputs, comm: Comm
         ", ".join(kept) or "none",
         ", ".join(new) or "none",
     )
-    return kept
 
 
 def choose_trained(model: Recommender, config: RunConfig) -> None:
