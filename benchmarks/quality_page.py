@@ -204,7 +204,8 @@ def _walls(numbers: Numbers) -> str:
     text = ", ".join(f"{found.wall_s:,.0f}" for found in joint) or _NOT_RUN
     note = (
         "Peers: the search on valid and both rankings, in one process; text vectors are encoded once a "
-        "platform, in the time of the first peer that needs them. "
+        "platform, in the time of the first peer that needs them. A training of ours that was cut counts from where it "
+        "went on. "
     )
     return table(("", *platforms), rows) + f"\n{note}Joint model, all platforms together, one training a seed: {text}."
 

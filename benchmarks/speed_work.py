@@ -121,14 +121,16 @@ def hour(settings: Settings, cache: Cache) -> None:
     theirs = _theirs(settings, _HOUR_S, bf16_units()[0])
     write_valid(Manifest.load(str(settings.data)), LARGEST, _VALID_USERS, path)
     theirs |= {"validate_s": _VALIDATE_S, "valid": str(path)}
-    bare, made = settings.work / "bare", shutil.ignore_patterns("days-*", "neighbours-*", "tokens-*", "vectors-*")
-    shutil.rmtree(bare, ignore_errors=True)
-    shutil.copytree(settings.data, bare, ignore=made)
+    bare = settings.work / "bare"
     ours = _ours(replace(settings, data=bare), _HOUR_S, f"train.valid_users={_VALID_USERS}")
     ours["overrides"].append(f"train.steps={_OURS_STEPS}")
     ours |= {"steps": _OURS_STEPS, "validate_s": _OURS_VALIDATE_S}
-    for row, who, made in (("hour-st", "st", theirs), ("hour-ours", "ours", ours)):
-        _measured(settings, cache, "job", row, who, made)
+    _measured(settings, cache, "job", "hour-st", "st", theirs)
+    if _missing(settings, cache, "job", "hour-ours", ours):
+        derived = shutil.ignore_patterns("days-*", "neighbours-*", "tokens-*", "vectors-*")
+        shutil.rmtree(bare, ignore_errors=True)
+        shutil.copytree(settings.data, bare, ignore=derived)
+    _measured(settings, cache, "job", "hour-ours", "ours", ours)
 
 
 def processes(settings: Settings, cache: Cache) -> None:
@@ -141,10 +143,14 @@ def processes(settings: Settings, cache: Cache) -> None:
         _measured(settings, cache, "processes", f"{name}-{count}x{threads}", "ours", made | {"threads": threads}, count)
 
 
+def _missing(settings: Settings, cache: Cache, part: str, row: str, made: dict[str, Any]) -> bool:
+    return settings.wants(row) and (settings.again or not cache.get(part, row, made))
+
+
 def _measured(
     settings: Settings, cache: Cache, part: str, row: str, who: str, made: dict[str, Any], count: int = 1
 ) -> None:
-    if not settings.wants(row) or (not settings.again and cache.get(part, row, made)):
+    if not _missing(settings, cache, part, row, made):
         return
     package, script, _ = CONTENDERS[who]
     python = settings.python(package) if package else sys.executable
