@@ -36,6 +36,12 @@ def item_texts(platform: str) -> list[str]:
     return texts
 
 
+def compared_by_hand(text_NH: np.ndarray) -> np.ndarray:
+    """What one platform's texts [N, H] are compared by."""
+    standard_NH = (text_NH - text_NH.mean(0)) / text_NH.std(0)
+    return standard_NH / np.linalg.norm(standard_NH, axis=1, keepdims=True)
+
+
 def train_counts(platform: str) -> np.ndarray:
     rows = [item for sequence in user_sequences(platform) for item in sequence[:-2]]
     return np.bincount(np.array(rows, dtype=np.int64), minlength=PLATFORMS[platform][0])

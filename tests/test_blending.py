@@ -23,7 +23,7 @@ from dtrain.train.blending import STATISTICS, TEXTS, TRENDS, fit_blend
 from dtrain.train.shelf import encoded_users, open_shelf
 from dtrain.train.subjects import Subject, shared_ranks, subjects
 from tests.eval_cases import Case, open_case
-from tests.eval_toys import PLATFORMS
+from tests.eval_toys import PLATFORMS, compared_by_hand
 from tests.ranks import run_ranks
 from tests.test_trends import lift_by_hand
 
@@ -50,8 +50,7 @@ def test_a_score_is_the_sum_of_its_weighed_parts(case: Case) -> None:
     mix = Mix(statistics=1.5, texts=3.0, trend=0.5, cold_own=0.25, cold_texts=1.25, arrivals=0.75, head_start=2.0)
     user_BD = encoded_users(case.model, shelf, subject, share)
     found = shelf.scorer(user_BD, subject.users.histories[share], subject.days(share), mix)(slice(1, 6)).numpy()
-    standard = (text_NH[subject.rows] - case.model.items.standardize.mean_H) * case.model.items.standardize.scale_H
-    unit = (standard / standard.norm(dim=1, keepdim=True)).numpy()
+    unit = compared_by_hand(text_NH[subject.rows].numpy())
     cold = np.flatnonzero(subject.catalog.counts == 0)
     assert 1 < len(cold) < subject.items
     assert subject.users.days is not None

@@ -16,6 +16,7 @@ from dtrain.data.evalset import Ragged
 from dtrain.data.neighbours import ItemToItem
 from dtrain.data.trends import Trends
 from dtrain.model.blend import Mix, log_near
+from dtrain.model.items import Standardize
 from dtrain.model.layers import unit
 from dtrain.model.recommender import Recommender
 from dtrain.train.ranking import Scorer, dot_scorer, history_scorer
@@ -68,7 +69,7 @@ class Shelf:
 
     vector_ND: Tensor  # fp32
     bias_N: Tensor  # fp32
-    text_NH: Tensor | None  # fp32, standardized and of length 1; what texts are compared by
+    text_NH: Tensor | None  # fp32; what texts are compared by, see `_comparable`
     cold_C: Tensor  # int64 rows of the items that never occur in training
     neighbours: ItemToItem | None
     trends: Trends | None
@@ -124,13 +125,24 @@ def open_shelf(model: Recommender, text_NH: Tensor, subject: Subject, device: to
     return Shelf(
         vector_ND=vector_ND,
         bias_N=bias_N,
-        text_NH=unit(model.items.standardize(own_NH.to(device))) if last else None,
+        text_NH=_comparable(own_NH.to(device)) if last else None,
         cold_C=torch.from_numpy(np.flatnonzero(subject.catalog.counts == 0)).to(device),
         neighbours=subject.neighbours,
         trends=subject.trends,
         arrivals=subject.arrivals,
         last=last,
     )
+
+
+def _comparable(text_NH: Tensor) -> Tensor:
+    """At mean 0 and deviation 1 by the platform's own statistics, then of length 1.
+
+    By statistics of all platforms' texts those of one would be alike in being of that platform, which tells none of
+    its items from the others.
+    """
+    standardize = Standardize(text_NH.shape[1]).to(text_NH.device)
+    standardize.fit(text_NH)
+    return unit(standardize(text_NH))
 
 
 def encoded_users(model: Recommender, shelf: Shelf, subject: Subject, share: slice) -> Tensor:
