@@ -3,12 +3,13 @@
     python -m benchmarks.quality [--work DIR] [--config FILE] [--data FILE] [--seeds 0,1,2]
                                  [--only joint|solo|peers|transfer|table ...]
                                  [--platforms A,B] [--budget-s N] [--threads N] [--ranks N]
-                                 [--page FILE] [KEY=VALUE ...]
+                                 [--page FILE] [--rank-again] [KEY=VALUE ...]
 
 Every result is kept below --work under the hash of its config and of the data, so that the whole can be cut at any
 time and goes on with the same command; a changed config is a new job. Peers are tuned on valid; ranks of test users are
 taken once a job. The page is written from kept results alone, and says "not run" for the others. KEY=VALUE overrides
-the config of the joint model, so `data.path=...` takes another prepared folder.
+the config of the joint model, so `data.path=...` takes another prepared folder. The hash says nothing of the code:
+after a change of how items are scored, --rank-again ranks by the trainings that are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.quality_jobs import Cache, Job, Result
 from benchmarks.quality_page import write_page
 from benchmarks.quality_runs import Recipe, config_of, model_job, run_model, share_of
 from benchmarks.quality_stats import Plan
-from benchmarks.quality_transfer import run_transfer, transfer_of
+from benchmarks.quality_transfer import rank_again, run_transfer, transfer_of
 from dtrain.core.config import nearest
 from dtrain.core.errors import ConfigError, DtrainError
 from dtrain.data.manifest import Manifest
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_known("--platforms", args.platforms, list(plan.manifest.platforms))
         _check_known("--peers", args.peers, [peer.name for peer in plan.peers])
         cache, wanted = Cache(args.work), _wanted(plan, args.only, args.platforms, args.peers)
-        failed = _run_all(wanted, plan, recipe, cache, args.data)
+        failed = _run_all(wanted, plan, recipe, cache, args.data, args.rank_again)
         if "table" in args.only:
             write_page(plan, cache, args.page)
             print(f"written: {args.page}")
@@ -79,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=_THREADS, help="of peers; 1 is faster on a machine that is busy")
     parser.add_argument("--ranks", type=int, default=1, help="processes of one of our own trainings")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/quality.md"))
+    parser.add_argument(
+        "--rank-again",
+        action="store_true",
+        help="rank users by kept trainings of ours anew, unless the code of now did; what goes with a model's own "
+        "score is weighed on valid again",
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return parser
 
@@ -157,20 +164,28 @@ def _wanted(plan: Plan, parts: Sequence[str], platforms: Sequence[str], names: S
     return [job for turn in (0, 1) for part in PARTS if part in parts for job in by_part[part][turn]]
 
 
-def _run_all(jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache, data: str) -> list[Job]:
-    """Run what is not kept yet, tell how far it is, go on after a failure. Returns the jobs that failed."""
-    failed, began = [], time.monotonic()
+def _run_all(
+    jobs: Sequence[Job], plan: Plan, recipe: Recipe, cache: Cache, data: str, again: bool = False
+) -> list[Job]:
+    """Run what is not kept yet, tell how far it is, go on after a failure. Returns the jobs that failed.
+
+    With `again` what is kept of our own models is ranked anew.
+    """
+    failed, began, now = [], time.monotonic(), commit()
     ready = sum(map(cache.has, jobs))
     print(f"{len(jobs)} jobs: {ready} kept, {len(jobs) - ready} to do", flush=True)
     sides: dict[str, Side] = {}
     for number, job in enumerate(jobs, 1):
-        head = f"[{number}/{len(jobs)}] {job.title}"
-        if (kept := cache.get(job)) is not None:
+        head, kept = f"[{number}/{len(jobs)}] {job.title}", cache.get(job)
+        if kept is not None and (not again or job.kind == "peer" or kept.facts.get("ranked") == now):
             print(f"{head}: kept ({kept.wall_s:.0f} s)", flush=True)
             continue
-        print(f"{head}: running ...", flush=True)
+        print(f"{head}: {'running' if kept is None else 'ranking again'} ...", flush=True)
         try:
-            result = _run(job, plan, recipe, cache, sides, data)
+            if kept is None:
+                result = _run(job, plan, recipe, cache, sides, data)
+            else:
+                result = rank_again(job, kept, recipe, cache.root)
         except DtrainError as error:
             print(f"{head}: FAILED: {error}", file=sys.stderr, flush=True)
             failed.append(job)

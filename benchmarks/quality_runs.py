@@ -19,6 +19,7 @@ from dtrain.core.storage import read_json, write_text
 from dtrain.core.world import World
 from dtrain.data.manifest import Manifest
 from dtrain.data.mixture import PERIOD, Mixture
+from dtrain.train.blending import fit_blend
 from dtrain.train.config import RunConfig
 from dtrain.train.evaluate import model_scorer
 from dtrain.train.kept import catalog_vectors
@@ -157,8 +158,11 @@ def result_of(run: Path, recipe: Recipe, ranks: dict[str, dict[str, Any]]) -> Re
     )
 
 
-def rank_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Ranks of the run's best checkpoint: platform -> split -> int64, one a user. `overrides` may name other data."""
+def rank_run(run: Path, overrides: Sequence[str] = (), *, refit: bool = False) -> dict[str, dict[str, Any]]:
+    """Ranks of the run's best checkpoint: platform -> split -> int64, one a user. `overrides` may name other data.
+
+    With `refit` what goes with the model's own score is weighed on valid again, as the run's last validation did.
+    """
     ranks: dict[str, dict[str, Any]] = {}
     with connect(World()) as comm:
         opened = open_run(run, comm, overrides)
@@ -168,6 +172,9 @@ def rank_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, An
         text_NH = catalog_vectors(
             model.encoder, opened.manifest, opened.inputs.caches, comm, batch_tokens=cells, keep=False
         )
+        if refit:
+            valid, of = subjects(opened.manifest, "valid", opened.config.model), opened.config.train
+            fit_blend(model, valid, text_NH, comm, metric=of.metric, max_users=of.valid_users)
         for split in SPLITS:
             for subject in subjects(opened.manifest, split, opened.config.model):
                 scorer_of = model_scorer(model, text_NH, subject, comm.device)

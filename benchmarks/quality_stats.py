@@ -5,6 +5,7 @@ Legend of shape suffixes: B users of a platform's split.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,7 @@ class Numbers:
         return None if found is None or not mask_B.any() else float(found[mask_B].mean())
 
     def facts(self) -> dict[str, Any]:
-        """Commits that results were made at, and which seeds of the joint model there are."""
+        """Commits that results were made at or ranked again, and which seeds of the joint model there are."""
         moved = [job for transfer in self.plan.transfers.values() for job in transfer.jobs]
         alone = [job for jobs in self.plan.solo_jobs.values() for job in jobs]
         jobs = [*self.plan.peer_jobs.values(), *self.plan.joint_jobs, *alone, *moved]
@@ -161,5 +162,6 @@ class Numbers:
             "kept": len(kept),
             "jobs": len(jobs),
             "commits": sorted({str(found.facts.get("commit")) for found in kept}),
+            "ranked": Counter(str(found.facts["ranked"]) for found in kept if "ranked" in found.facts),
             "seeds": [job.seed for job in self.plan.joint_jobs if self.result(job) is not None],
         }

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.pages import commit
 from benchmarks.quality_jobs import Job, Result
 from benchmarks.quality_runs import (
     Recipe,
@@ -29,7 +30,7 @@ from dtrain.core.errors import DataError
 from dtrain.data.manifest import Manifest
 from dtrain.train.config import RunConfig
 
-__all__ = ["LEFT_OUT_STEPS", "SHARES", "Transfer", "run_transfer", "transfer_of"]
+__all__ = ["LEFT_OUT_STEPS", "SHARES", "Transfer", "rank_again", "run_transfer", "transfer_of"]
 
 #: Of a platform's training users.
 SHARES = (0.01, 0.1, 1.0)
@@ -86,8 +87,7 @@ def run_transfer(job: Job, transfer: Transfer, recipe: Recipe, manifest: Manifes
     platform = job.platforms[0]
     if job == transfer.left_out:
         run = trained(job, _without(recipe, manifest, job.seed, platform), recipe, work)
-        elsewhere = [f"data.path={recipe.load().data.path}", f"data.platforms=[{platform}]"]
-        return result_of(run, recipe, rank_run(run, elsewhere))
+        return result_of(run, recipe, rank_run(run, _elsewhere(recipe, platform)))
     jobs = transfer.adapted if job.kind == "adapted" else transfer.fresh
     share = next(share for share, one in jobs.items() if one == job)
     config = _few(recipe, manifest, job.seed, platform, share)
@@ -98,6 +98,18 @@ def run_transfer(job: Job, transfer: Transfer, recipe: Recipe, manifest: Manifes
         config = replace(config, train=replace(config.train, init_from=begun))
     run = trained(job, config, recipe, work)
     return result_of(run, recipe, rank_run(run))
+
+
+def rank_again(job: Job, kept: Result, recipe: Recipe, work: Path) -> Result:
+    """The ranks that its training gives by the code of now, where what goes into a score has changed since."""
+    unseen = job.kind == "left out"
+    overrides = _elsewhere(recipe, job.platforms[0]) if unseen else ()
+    ranks = rank_run(run_folder(job, work), overrides, refit=not unseen)
+    return replace(kept, ranks=ranks, facts={**kept.facts, "ranked": commit()})
+
+
+def _elsewhere(recipe: Recipe, platform: str) -> list[str]:
+    return [f"data.path={recipe.load().data.path}", f"data.platforms=[{platform}]"]
 
 
 def _without(recipe: Recipe, manifest: Manifest, seed: int, platform: str) -> RunConfig:

@@ -14,8 +14,9 @@ from benchmarks import quality
 from benchmarks.quality_goals import goals
 from benchmarks.quality_jobs import Cache, Job, Result
 from benchmarks.quality_page import render, write_page
-from benchmarks.quality_runs import Recipe, model_job, run_model
+from benchmarks.quality_runs import Recipe, model_job, rank_run, run_folder, run_model
 from benchmarks.quality_stats import Numbers, Plan, ratio_interval
+from benchmarks.quality_transfer import rank_again
 from dtrain.train.metrics import gains
 from tests.eval_toys import prepared
 from tests.train_toys import run_config
@@ -189,6 +190,34 @@ def test_a_second_call_runs_nothing_again(plan: Plan, tmp_path: Path, capsys: py
     assert "2 jobs: 2 kept, 0 to do" in capsys.readouterr().out
 
 
+def test_kept_models_are_ranked_again_once_for_a_commit(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, page = Cache(tmp_path / "w"), tmp_path / "page.md"
+    keep(plan, cache, plan.joint_jobs[0], 7)
+    keep(plan, cache, next(iter(plan.peer_jobs.values())), 5)
+
+    def better(job: Job, kept: Result, *_: Any) -> Result:
+        ranks = {name: {split: rank_B - 5 for split, rank_B in of.items()} for name, of in kept.ranks.items()}
+        return dataclasses.replace(kept, ranks=ranks, facts={**kept.facts, "ranked": "abc"})
+
+    monkeypatch.setattr(quality, "rank_again", better)
+    monkeypatch.setattr(quality, "commit", lambda: "abc")
+    where = ["--work", str(tmp_path / "w"), "--config", str(tmp_path / "run.yaml"), "data.platforms=[left,right]"]
+    what = ["--only", "joint", "table", "--seeds", "0", "--page", str(page)]
+    for more, rank, told in (
+        ([], 7, "kept ("),
+        (["--rank-again"], 2, "ranking again ..."),
+        (["--rank-again"], 2, "kept ("),
+    ):
+        assert quality.main([*where, *what, *more]) == 0
+        assert told in capsys.readouterr().out
+        kept = cache.get(plan.joint_jobs[0])
+        assert kept is not None
+        assert set(kept.ranks["left"]["test"].tolist()) == {rank}
+    assert "\n1 jobs of ours were ranked again at abc, " in page.read_text()
+
+
 @pytest.mark.parametrize(("option", "name", "nearest"), [("--platforms", "lft", "left"), ("--peers", "bm2", "bm25")])
 def test_a_name_that_nothing_has_is_told_with_the_nearest(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, name: str, nearest: str
@@ -201,7 +230,7 @@ def test_a_name_that_nothing_has_is_told_with_the_nearest(
 
 
 def test_a_model_is_trained_by_the_command_line_and_ranked_as_its_own_validation_did(
-    tmp_path: Path, tiny_encoder: Path, shops: Path
+    tmp_path: Path, tiny_encoder: Path, shops: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = run_config(tmp_path, shops, tiny_encoder, train={"steps": 4, "valid_every": 2, "checkpoint_every": 2})
     recipe = Recipe(path=str(path), overrides=())
@@ -213,3 +242,15 @@ def test_a_model_is_trained_by_the_command_line_and_ranked_as_its_own_validation
     assert {name: len(splits["test"]) for name, splits in result.ranks.items()} == {
         name: entry.test_rows for name, entry in manifest.platforms.items()
     }
+    # Ranked again: the same by the same code, and by other weights once others are chosen from.
+    nothing = dataclasses.replace(result, ranks={})
+    again = rank_again(one, nothing, recipe, cache.root)
+    assert again.facts["ranked"]
+    for name, splits in result.ranks.items():
+        assert all((again.ranks[name][split] == rank_B).all() for split, rank_B in splits.items())
+    monkeypatch.setattr("dtrain.train.blending.STATISTICS", (1000.0,))
+    other = rank_again(one, nothing, recipe, cache.root)
+    kept = rank_run(run_folder(one, cache.root))
+    for name, splits in result.ranks.items():
+        assert (kept[name]["valid"] == splits["valid"]).all()
+    assert any((other.ranks[name]["valid"] != splits["valid"]).any() for name, splits in result.ranks.items())
