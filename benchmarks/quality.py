@@ -177,7 +177,7 @@ def _run_all(
     sides: dict[str, Side] = {}
     for number, job in enumerate(jobs, 1):
         head, kept = f"[{number}/{len(jobs)}] {job.title}", cache.get(job)
-        if kept is not None and (not again or job.kind == "peer" or kept.facts.get("ranked") == now):
+        if kept is not None and (not again or job.kind == "peer" or _ranked_at(kept) == now):
             print(f"{head}: kept ({kept.wall_s:.0f} s)", flush=True)
             continue
         print(f"{head}: {'running' if kept is None else 'ranking again'} ...", flush=True)
@@ -193,6 +193,12 @@ def _run_all(
         cache.put(job, result)
         print(f"{head}: done in {result.wall_s:.0f} s, {time.monotonic() - began:.0f} s in all", flush=True)
     return failed
+
+
+def _ranked_at(kept: Result) -> str | None:
+    """The commit that its ranks are of; None where that had changes."""
+    at = str(kept.facts.get("ranked", kept.facts.get("commit")))
+    return None if at.endswith("+") else at
 
 
 def _run(job: Job, plan: Plan, recipe: Recipe, cache: Cache, sides: dict[str, Side], data: str) -> Result:

@@ -6,6 +6,7 @@ results/KEY/PLATFORM.SPLIT.npy     rank of every user's target, int64, users in 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,16 +66,18 @@ class Cache:
         return (self.folder(job) / "result.json").is_file()
 
     def put(self, job: Job, result: Result) -> None:
-        """Keep it. A kill in between leaves no result."""
+        """Keep it, in place of what was kept. A kill in between leaves that, or no result; never some of each."""
         folder = self.folder(job)
+        fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+        shutil.rmtree(fresh, ignore_errors=True)
         for platform, splits in result.ranks.items():
             for split, rank_B in splits.items():
-                with atomic_file(folder / f"{platform}.{split}.npy") as file:
+                with atomic_file(fresh / f"{platform}.{split}.npy") as file:
                     np.save(file, rank_B.astype(np.int64), allow_pickle=False)
         metrics = {p: {s: summary(rank_B) for s, rank_B in splits.items()} for p, splits in result.ranks.items()}
         job_facts = {"kind": job.kind, "name": job.name, "platforms": list(job.platforms), "seed": job.seed}
         write_json(
-            folder / "result.json",
+            fresh / "result.json",
             {
                 **job_facts,
                 "wall_s": result.wall_s,
@@ -84,6 +87,11 @@ class Cache:
                 "config": dict(job.config),
             },
         )
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def get(self, job: Job) -> Result | None:
         """The result, or None where the job was not run with this very config."""

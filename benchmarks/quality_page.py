@@ -54,15 +54,15 @@ def _head(numbers: Numbers) -> str:
     seeds = ", ".join(map(str, facts["seeds"])) or "none yet"
     commits = ", ".join(facts["commits"]) or "-"
     ranked = "".join(
-        f"\n{jobs} jobs of ours were ranked again at {at}, what goes with a model's own score weighed on valid again."
+        f"\nRanked again at {at}, what goes with a model's own score weighed on valid again: {jobs} of our jobs."
         for at, jobs in sorted(facts["ranked"].items())
     )
     return f"""# Quality: one joint model beside its peers
 
 One model fine-tuned on all platforms at once, against what one would pick for each platform alone. Exact ranks over the
 full catalogue, items of the history excluded, ties count against the target; `leave_last_out`. Every hyperparameter
-was chosen on valid; test users were ranked once a job. All statistics and all training come from training rows alone,
-for both splits; the history of a test user includes the valid item.
+was chosen on valid; test users were ranked once a job, or again where it says so below. All statistics and all training
+come from training rows alone, for both splits; the history of a test user includes the valid item.
 
 `make bench-quality` (`python -m benchmarks.quality --config {plan.config}`) goes on from what is kept and writes this
 page. Kept: {facts["kept"]} of {facts["jobs"]} jobs. Seeds of the joint model: {seeds}. Commits: {commits}.{ranked}

@@ -59,6 +59,25 @@ def test_a_cut_job_has_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cache.get(job()) is None
 
 
+def test_a_cut_job_that_was_kept_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cache = Cache(tmp_path)
+    for rank, cut in ((1, False), (2, True), (3, False)):
+        result = Result(ranks={"left": {"test": np.array([rank])}}, wall_s=float(rank))
+        with monkeypatch.context() as patched:
+            if cut:
+                patched.setattr("benchmarks.quality_jobs.write_json", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    cache.put(job(), result)
+            else:
+                cache.put(job(), result)
+        kept = cache.get(job())
+        assert kept is not None
+        assert (kept.ranks["left"]["test"].tolist(), kept.wall_s) == ([1 if cut else rank], 1.0 if cut else rank)
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """A plan over two platforms, with two quick peers."""
@@ -215,7 +234,7 @@ def test_kept_models_are_ranked_again_once_for_a_commit(
         kept = cache.get(plan.joint_jobs[0])
         assert kept is not None
         assert set(kept.ranks["left"]["test"].tolist()) == {rank}
-    assert "\n1 jobs of ours were ranked again at abc, " in page.read_text()
+    assert "\nRanked again at abc, " in page.read_text()
 
 
 @pytest.mark.parametrize(("option", "name", "nearest"), [("--platforms", "lft", "left"), ("--peers", "bm2", "bm25")])

@@ -80,10 +80,10 @@ class Exact(nn.Module):
 
 
 class Standardize(Exact):
-    """Text vectors at mean 0 and standard deviation 1 in every dimension, by statistics of the pretrained encoder.
+    """Text vectors at mean 0 and standard deviation 1 in every dimension, by statistics of those it was fitted to.
 
-    What a platform's texts have in common fills much of a pretrained vector; without it, items differ more. The
-    statistics are taken once, when a run begins; until then this is the identity.
+    What texts have in common fills much of a pretrained vector; without it, items differ more. Until it is fitted this
+    is the identity. A model's is fitted once, to vectors of the pretrained encoder, when a run begins.
     """
 
     mean_H: Tensor
