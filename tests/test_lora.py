@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from dtrain.cli.main import main
 from dtrain.core import failpoints
+from dtrain.core.comm import Comm
 from dtrain.core.config import load_config
 from dtrain.core.errors import StateMismatch
 from dtrain.core.storage import read_json
@@ -22,6 +24,7 @@ from dtrain.train.config import RunConfig
 from dtrain.train.job import run_job
 from dtrain.train.open import open_run
 from dtrain.train.score import score_run
+from tests.ranks import run_ranks
 from tests.train_toys import losses
 from tests.transfer_toys import ALONE, QUICK, STILL, adapted, changed, store_names, train, weights
 
@@ -101,6 +104,35 @@ def test_a_lora_runs_evaluation_is_what_it_saw_in_training(lora: Path, tmp_path:
     found = read_json(copy / "metrics-valid-step-12.json")["platforms"]
     for name in ("left", "right"):
         assert found[name]["valid"]["ndcg@50"] == pytest.approx(valid[name]["ndcg@50"], abs=1e-3)
+
+
+def _train(comm: Comm, config: str, *keys: str) -> str:
+    return run_job(load_config(RunConfig, config, keys), comm.world)
+
+
+@pytest.mark.parametrize("keys", [[], ["engine.name=deepspeed", "engine.zero_stage=3"]])
+def test_two_ranks_then_one_train_what_one_does(
+    keys: list[str], base: Path, other: Path, lora: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    all_keys = [
+        f"run={run}",
+        f"data.path={other}",
+        "data.platforms=[left,right]",
+        f"train.init_from={base.parent / 'run'}",
+        "schedule.total_steps=12",
+        *LORA,
+    ]
+    assert run_ranks(2, tmp_path, _train, str(base), *all_keys, *keys, "train.steps=6") == ["completed"] * 2
+    assert train(base, *all_keys) == run
+    assert "resuming from the checkpoint of step 6" in (run / "log.txt").read_text()
+    alone, shared = losses(lora), losses(run)
+    assert [x[0] for x in shared] == [x[0] for x in alone] == list(range(1, 13))
+    np.testing.assert_allclose([x[1] for x in shared], [x[1] for x in alone], rtol=2e-4)
+    before, after = weights(lora), weights(run)
+    assert set(before) == set(after)
+    for name in (name for name in before if ".lora_" in name):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=2e-4)
 
 
 def test_killed_and_resumed_equals_uninterrupted_and_needs_the_first_run_no_more(
