@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +17,8 @@ from dtrain.data.catalog import map_arrow
 from dtrain.data.manifest import Manifest
 
 __all__ = ["derived_table", "write_batch"]
+
+log = logging.getLogger("dtrain")
 
 _OVERHEAD = 8192  # bytes of an Arrow file beside its columns, at most
 
@@ -31,8 +35,11 @@ def derived_table(
     path = manifest.files.derived(entry.catalog, name)
     try:
         if (descriptor := _opened(path)) is None:
+            began = time.perf_counter()
             batch = make()  # ahead of `Files.make`, which holds room meanwhile and lets nothing else be read
             descriptor = manifest.files.make(path, batch.nbytes + _OVERHEAD, lambda file: write_batch(file, batch))
+            if (seconds := time.perf_counter() - began) > 1.0:
+                log.info("%s of %s made in %.0f s; further runs find them", kind, platform, seconds)
     except OSError as error:
         raise DataError(f"{path}: can't write the {kind} ({error}); the prepared folder must be writable") from error
     try:

@@ -11,10 +11,14 @@ Legend of shape suffixes: N items, M distinct pairs of items, K sources of a tar
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from dtrain.core.errors import ConfigError
 from dtrain.data.derived import derived_table
@@ -32,9 +36,12 @@ __all__ = [
     "recency",
 ]
 
+log = logging.getLogger("dtrain")
+
 _VERSION = 1  # of what is computed
 _UNIT = 1 << 16  # weights of pairs are whole multiples of 1 / _UNIT
 _CHUNK = 1 << 22  # cells of the normal equations that are solved at once
+_PROGRESS_S = 10.0  # seconds between lines that tell how far it is
 _SCHEMA = pa.schema([("target", pa.large_list(pa.int32())), ("weight", pa.large_list(pa.float32()))])
 
 
@@ -118,8 +125,21 @@ def find_neighbours(reader: ShardReader, items: int, config: NeighbourConfig) ->
         together = _followed(distance, part, second, weight_T)
         return np.stack([part.target_Q[second] * round(_UNIT * weight_T[distance - 1]), together], axis=1)
 
-    sums = sum_pairs(parts, items, config.last, 2, weigh)
+    sums = sum_pairs(_told(parts), items, config.last, 2, weigh)
     return _solve(sums, own_N, items, config)
+
+
+def _told(parts: Sequence[Windows]) -> Iterator[Windows]:
+    """The parts; of what takes long it is logged how far it is."""
+    positions, done = sum(len(part.item_Q) for part in parts), 0
+    began = told = time.perf_counter()
+    for part in parts:
+        yield part
+        done += len(part.item_Q)
+        if (now := time.perf_counter()) - told > _PROGRESS_S:
+            told, rate = now, done / (now - began)
+            left = tqdm.format_interval((positions - done) / rate)
+            log.info("neighbours: %d of %d positions counted, %.0f/s, %s left", done, positions, rate, left)
 
 
 def _stride(samples: int, config: NeighbourConfig) -> int:
