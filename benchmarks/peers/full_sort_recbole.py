@@ -21,8 +21,8 @@ from recbole.trainer import Trainer
 from recbole.utils import InputType
 from torch import nn
 
-#: Scores that a block holds as the product's does: 64 MiB of them.
-_LARGE = (64 << 20) // 4
+#: Scores that a block holds as the product's does: 128 MiB of them.
+_LARGE = (128 << 20) // 4
 
 
 class Vectors(GeneralRecommender):  # type: ignore[misc]
@@ -63,7 +63,7 @@ def main() -> None:
     root = Path(job["data"]).parent
     _write(root / "made", np.load(job["data"]))
     found: dict[str, Any] = {"versions": {name: version(name) for name in ("recbole", "torch", "numpy")}}
-    for name, batch in (("as it comes", 4096), ("blocks of 64 MiB", _LARGE)):
+    for name, batch in (("as it comes", 4096), ("blocks of 128 MiB", _LARGE)):
         config = Config(
             model=Vectors,
             dataset="made",
