@@ -5,6 +5,7 @@ Legend of shape suffixes: B users, b users of one block, N items of the catalogu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -28,9 +29,9 @@ __all__ = [
     "top_items",
 ]
 
-#: Scores of the users in a slice for every item, [b, N], floating point. The caller owns the tensor and writes in it.
-#: The scores of all users for one item lie side by side in memory: a product of many items and few users is then up to
-#: twice as fast on a CPU, and what follows it finds a block of few users in a cache.
+#: Scores of the users in a slice for every item, [b, N], floating point. The caller may write in the tensor, which
+#: holds until the next call. The scores of all users for one item lie side by side in memory: a product of many items
+#: and few users is then up to twice as fast on a CPU, and what follows it finds a block of few users in a cache.
 Scorer = Callable[[slice], Tensor]
 
 #: Default bound of one block of scores, in bytes.
@@ -51,10 +52,19 @@ def dot_scorer(user_BD: Tensor, item_ND: Tensor, bias_N: Tensor | None = None) -
     """score = user . item (+ bias), in float32 on the device of the vectors."""
     users, items = user_BD.float(), item_ND.float()
     bias_N1 = None if bias_N is None else bias_N.float()[:, None]
+    # One place for the scores of every block: of tensors that come and go, an allocator may hold several at a time.
+    room = items.new_empty(0)
 
     def scores(rows: slice) -> Tensor:
+        nonlocal room
         users_Db = users[rows].T
-        return (items @ users_Db if bias_N1 is None else torch.addmm(bias_N1, items, users_Db)).T
+        shape = (len(items), users_Db.shape[1])
+        if len(room) < math.prod(shape):
+            room = items.new_empty(math.prod(shape))
+        score_Nb = room[: math.prod(shape)].view(shape)
+        if bias_N1 is None:
+            return torch.mm(items, users_Db, out=score_Nb).T
+        return torch.addmm(bias_N1, items, users_Db, out=score_Nb).T
 
     return scores
 
