@@ -5,9 +5,9 @@
 
 Every row is kept below --work, so that the whole can be cut at any time and goes on with the same command; a row whose
 settings have changed is measured again. The page is written from kept rows alone, and says "not measured" for others.
-QUICK=1: at most ten minutes, in a folder and on a page of its own. --hour trains everyone for an hour: see `hour`.
-Measure on a machine that does nothing else. Peers get environments of their own, made where they are missing; with
-DTRAIN_SENTENCE_TRANSFORMERS_PYTHON or DTRAIN_RECBOLE_PYTHON, that interpreter.
+QUICK=1: at most ten minutes, once peers are installed, in a folder and on a page of its own. --hour trains everyone for
+an hour: see `hour`. Measure on a machine that does nothing else. Peers get environments of their own, made where they
+are missing; with DTRAIN_SENTENCE_TRANSFORMERS_PYTHON or DTRAIN_RECBOLE_PYTHON, that interpreter.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _parser(quick: bool) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("runs/data/seven"), help="all platforms, prepared")
     parser.add_argument("--encoder", default=_ENCODER, help="folder of MiniLM")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a measurement")
-    parser.add_argument("--seconds", type=float, default=15.0 if quick else 300.0, help="of training in a row, at most")
+    parser.add_argument("--seconds", type=float, default=8.0 if quick else 300.0, help="of training in a row, at most")
     parser.add_argument("--page", type=Path, default=page)
     return parser
 

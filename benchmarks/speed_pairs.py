@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.speed_engine import load_run
 from benchmarks.speed_jobs import ROOT, Cache, Settings, bf16_units, run_measurement
 from dtrain.core.config import load_config
+from dtrain.core.storage import write_text
 from dtrain.core.world import World
 from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
@@ -129,8 +130,7 @@ def dump_pairs(config: RunConfig, steps: int, path: Path, *, distinct: bool = Fa
                 break
         else:
             raise SystemExit(f"{manifest.root}: {len(numbers)} of {steps} steps without two targets of one text")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(lines))
+    write_text(path, json.dumps(lines))
     return numbers
 
 
@@ -172,8 +172,10 @@ def pairs(settings: Settings, cache: Cache) -> None:
                 cache.put("pairs", name, job, {"not_measured": NO_BF16, "bf16_over_fp32": ratio})
                 continue
             data = prepare_pairs(settings, platform)
-            path = settings.work / "texts" / f"{platform}.json"
-            dump_pairs(load_run(PAIRS_CONFIG, _overrides(settings, data)), steps, path)
+            path = settings.work / "texts" / f"{platform}-{settings.pairs}-of-{settings.batch}.json"
+            if not path.is_file():
+                plan = [f"plan.samples={settings.batch}", f"plan.block_samples={settings.batch}"]
+                dump_pairs(load_run(PAIRS_CONFIG, _overrides(settings, data, *plan)), steps, path)
             found, command = _run(settings, row, _job(settings, row, data, path, steps, settings.batch), name)
             cache.put("pairs", name, job, found, command)
             spent = sum(found["step_s"])

@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.speed_jobs import ROOT, Cache, Settings, bf16_units, run_measurement
 from benchmarks.speed_pairs import CONTENDERS, LR, NO_BF16, PAIRS_CONFIG, prepare_pairs
+from dtrain.core.storage import write_text
 from dtrain.data.catalog import Catalog
 from dtrain.data.evalset import EvalSet
 from dtrain.data.manifest import Manifest
@@ -45,8 +46,7 @@ def write_histories(manifest: Manifest, platforms: tuple[str, ...], rows: int, p
             at = int(rng.integers(1, len(items)))
             before = items[max(0, at - HISTORY) : at][::-1]
             found.append([" ".join(texts[name][item] for item in before), texts[name][items[at]]])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    write_text(path, json.dumps(found))
 
 
 def write_valid(manifest: Manifest, platforms: tuple[str, ...], users: int, path: Path) -> None:
@@ -62,7 +62,7 @@ def write_valid(manifest: Manifest, platforms: tuple[str, ...], users: int, path
             "targets": valid.targets[: len(own)].tolist(),
             "seen": [sorted(set(items.tolist())) for items in own],
         }
-    path.write_text(json.dumps(found))
+    write_text(path, json.dumps(found))
 
 
 def _theirs(settings: Settings, seconds: float, bf16: bool) -> dict[str, Any]:
