@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,23 @@ def test_they_are_made_once_for_each_config_and_in_whatever_pieces(
     assert open_neighbours(manifest, "left", CONFIG).weight_E.tolist() == whole.weight_E.tolist()
     with pytest.raises(TypeError):  # another config's is not there, and can't be made now
         open_neighbours(manifest, "left", dataclasses.replace(CONFIG, ridge=3.0))
+
+
+def test_what_takes_long_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = prepared(tmp_path)
+    monkeypatch.setattr(pairs, "_ROWS", 3)
+    caplog.set_level(logging.INFO, "dtrain")
+    find_neighbours(ShardReader(manifest, "left"), PLATFORMS["left"][0], CONFIG)
+    assert not caplog.messages  # it did not take long
+    monkeypatch.setattr(neighbours, "_PROGRESS_S", -1.0)
+    find_neighbours(ShardReader(manifest, "left"), PLATFORMS["left"][0], CONFIG)
+    counts = [re.match(r"neighbours: (\d+) of (\d+) positions counted, \d+/s, [\d:]+ left", m) for m in caplog.messages]
+    found = [(int(m[1]), int(m[2])) for m in counts if m]
+    assert len(found) == len(counts) > 1
+    assert found == sorted(found)
+    assert found[-1][0] == found[-1][1]
 
 
 def test_of_too_many_pairs_every_nth_window_is_counted(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def _told(parts: Sequence[Windows]) -> Iterator[Windows]:
         yield part
         done += len(part.item_Q)
         if (now := time.perf_counter()) - told > _PROGRESS_S:
-            told, rate = now, done / (now - began)
+            told, rate = now, max(1, done) / (now - began)
             left = tqdm.format_interval((positions - done) / rate)
             log.info("neighbours: %d of %d positions counted, %.0f/s, %s left", done, positions, rate, left)
 
