@@ -100,7 +100,8 @@ def test_what_takes_long_says_how_far_it_is(
     assert not caplog.messages  # it did not take long
     monkeypatch.setattr(neighbours, "_PROGRESS_S", -1.0)
     find_neighbours(ShardReader(manifest, "left"), PLATFORMS["left"][0], CONFIG)
-    counts = [re.match(r"neighbours: (\d+) of (\d+) positions counted, \d+/s, [\d:]+ left", m) for m in caplog.messages]
+    line = re.compile(r"neighbours of left: (\d+) of (\d+) positions counted, \d+/s, [\d:]+ left")
+    counts = [line.match(message) for message in caplog.messages]
     found = [(int(m[1]), int(m[2])) for m in counts if m]
     assert len(found) == len(counts) > 1
     assert found == sorted(found)

@@ -77,6 +77,18 @@ def test_dot_scores_include_the_bias() -> None:
     assert rank_targets(dot_scorer(user_BD, item_ND, bias_N), np.array([1]), none, items=3).tolist() == [1]
 
 
+def test_scores_of_all_blocks_lie_in_one_place() -> None:
+    """Of tensors that come and go, an allocator may hold several blocks at a time."""
+    torch.manual_seed(0)
+    user_BD, item_ND = torch.randn(10, 8), torch.randn(30, 8)
+    scorer, places = dot_scorer(user_BD, item_ND), set()
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        scores = scorer(rows)
+        torch.testing.assert_close(scores, user_BD[rows] @ item_ND.T)
+        places.add(scores.data_ptr())
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 7])  # the target itself, another item
 def test_scores_that_are_not_finite_raise(bad: float, place: int) -> None:

@@ -125,11 +125,11 @@ def find_neighbours(reader: ShardReader, items: int, config: NeighbourConfig) ->
         together = _followed(distance, part, second, weight_T)
         return np.stack([part.target_Q[second] * round(_UNIT * weight_T[distance - 1]), together], axis=1)
 
-    sums = sum_pairs(_told(parts), items, config.last, 2, weigh)
+    sums = sum_pairs(_told(parts, reader.platform), items, config.last, 2, weigh)
     return _solve(sums, own_N, items, config)
 
 
-def _told(parts: Sequence[Windows]) -> Iterator[Windows]:
+def _told(parts: Sequence[Windows], platform: str) -> Iterator[Windows]:
     """The parts; of what takes long it is logged how far it is."""
     positions, done = sum(len(part.item_Q) for part in parts), 0
     began = told = time.perf_counter()
@@ -139,7 +139,8 @@ def _told(parts: Sequence[Windows]) -> Iterator[Windows]:
         if (now := time.perf_counter()) - told > _PROGRESS_S:
             told, rate = now, max(1, done) / (now - began)
             left = tqdm.format_interval((positions - done) / rate)
-            log.info("neighbours: %d of %d positions counted, %.0f/s, %s left", done, positions, rate, left)
+            what = f"neighbours of {platform}"
+            log.info("%s: %d of %d positions counted, %.0f/s, %s left", what, done, positions, rate, left)
 
 
 def _stride(samples: int, config: NeighbourConfig) -> int:
