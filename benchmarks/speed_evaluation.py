@@ -16,11 +16,12 @@ from torch import Tensor
 from benchmarks.speed_jobs import Cache, Settings, run_measurement
 from dtrain.core.cpu import keep_freed_memory
 from dtrain.data.evalset import Ragged
-from dtrain.train.ranking import BLOCK_BYTES, blocks, dot_scorer, rank_targets
+from dtrain.train.ranking import BLOCK_BYTES, by_blocks, dot_scorer, rank_targets
 
 __all__ = ["evaluation", "made_up", "product_alone", "ranked"]
 
 _SEEN = 20  # items of a history
+_WIDE = 256  # users of a product
 
 
 def made_up(users: int, items: int, dim: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,9 +66,21 @@ def product_alone(user_BD: Tensor, item_ND: Tensor) -> None:
 
 
 def product_items_first(user_BD: Tensor, item_ND: Tensor) -> None:
-    """The same the other way round, in the blocks that ranking takes."""
-    for rows in blocks(len(user_BD), len(item_ND), BLOCK_BYTES):
-        torch.mm(item_ND, user_BD[rows].T)
+    """The same the other way round, in blocks of up to _WIDE users, all threads in one block."""
+    size = max(1, min(_WIDE, BLOCK_BYTES // (4 * len(item_ND))))
+    scores = dot_scorer(user_BD, item_ND)
+    for start in range(0, len(user_BD), size):
+        scores(slice(start, start + size))
+
+
+def product_by_blocks(user_BD: Tensor, item_ND: Tensor) -> None:
+    """The same in the blocks that ranking takes, side by side."""
+    scores = dot_scorer(user_BD, item_ND)
+
+    def product(rows: slice) -> None:
+        scores(rows)
+
+    by_blocks(product, len(user_BD), items=len(item_ND))
 
 
 def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -79,7 +92,7 @@ def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     before = _peak(device)
     rank_B = ranked(data, user_BD, item_ND)
     extra = _peak(device) - before
-    ways = (product_alone, product_items_first)
+    ways = (product_alone, product_items_first, product_by_blocks)
     alone = min((_times(lambda way=way: way(user_BD, item_ND), job["repeats"], device) for way in ways), key=median)
     ours = _times(lambda: ranked(data, user_BD, item_ND), job["repeats"], device)
     return {

@@ -204,7 +204,7 @@ def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
         "items",
         "users",
         "users/s",
-        "its matrix product alone, the faster way round",
+        "its matrix product alone, the fastest of three ways",
         "share",
         "memory beyond the vectors, MiB",
     )

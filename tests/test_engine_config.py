@@ -182,3 +182,27 @@ def test_freed_memory_is_kept_for_what_is_allocated_next() -> None:
     faults = {how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how])) for how in ("keep", "give")}
     assert faults["keep"] < 100  # of 16,384 pages
     assert faults["give"] > 10 * max(1, faults["keep"])
+
+
+HUGE = """
+import sys
+from pathlib import Path
+from dtrain.core.cpu import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+block = bytearray(b"x") * (1 << 26)
+lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+print(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
+"""
+
+
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not _PAGES.exists() or "[madvise]" not in _PAGES.read_text(),
+    reason="huge pages come here without being asked for, or never",
+)
+def test_what_is_allocated_lies_in_huge_pages() -> None:
+    huge = {how: int(subprocess.check_output([sys.executable, "-c", HUGE, how])) for how in ("keep", "give")}
+    assert huge["keep"] >= 60 << 10 > huge["give"]  # KiB, of 64 MiB

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from dtrain.core.errors import TrainError
 from dtrain.data.evalset import Ragged
-from dtrain.train.ranking import dot_scorer, rank_targets, top_items
+from dtrain.train.ranking import by_blocks, dot_scorer, rank_targets, top_items
 
 
 def ragged(lists: list[list[int]]) -> Ragged:
@@ -120,17 +123,93 @@ def test_top_items_are_no_more_than_there_are() -> None:
     assert np.isneginf(values[0][4:]).all()
 
 
-@pytest.mark.parametrize("items", [1, 50, 500, 5000])
-def test_scores_of_no_more_users_than_asked_for_are_held_at_once(items: int) -> None:
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("items", [1, 50, 150, 500, 5000])
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_scores_of_no_more_users_than_asked_for_are_held_at_once(items: int, threads: int) -> None:
     held: list[int] = []
 
     def scores(rows: slice) -> torch.Tensor:
         held.append(rows.stop - rows.start)
         return torch.zeros(rows.stop - rows.start, items)
 
-    users, most = 300, 80_000
+    users, most = 600, 160_000
     rank_targets(scores, np.zeros(users, int), ragged([[]] * users), items=items, block_bytes=most)
     assert sum(held) == users
-    assert max(held) * items * 4 <= most
+    at_once = min(threads, {1: 4, 50: 4, 150: 2}.get(items, 1))  # of 128 users and more each
+    assert at_once * max(held) * items * 4 <= most
     # A part of it where that is enough for a product; of more than 16 users a multiple of 16.
-    assert max(held) == {1: 300, 50: 256, 500: 32, 5000: 4}[items]
+    of = {1: (600, 304, 208), 50: (512, 304, 208), 150: (256, 128, 128), 500: (80,) * 3, 5000: (8,) * 3}
+    assert max(held) == of[items][threads - 1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+def test_ranks_and_best_items_are_the_same_for_every_number_of_threads(threads: int) -> None:
+    scores, targets, seen = random_case(4, users=700)
+
+    def scorer(rows: slice) -> torch.Tensor:
+        return torch.from_numpy(scores[rows].copy())
+
+    assert rank_targets(scorer, targets, ragged(seen), items=50).tolist() == by_hand(scores, targets, seen)
+    _, values = top_items(scorer, ragged(seen), 3, items=50)
+    scores[np.repeat(np.arange(700), [len(own) for own in seen]), np.concatenate(seen).astype(int)] = -np.inf
+    assert values.tolist() == np.sort(scores, axis=1)[:, :-4:-1].tolist()
+
+
+@pytest.mark.parametrize("threads", [4], indirect=True)
+def test_blocks_are_computed_side_by_side_each_by_a_share_of_the_threads(threads: int) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def compute(rows: slice) -> tuple[int, int, bool]:
+        both.wait()  # breaks where one block waits for the other to end
+        return rows.start, torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert by_blocks(compute, 256, items=1) == [(0, 2, False), (128, 2, False)]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_what_a_block_raises_is_raised_and_the_threads_are_as_before(threads: int) -> None:
+    scores = torch.zeros(600, 8)
+    scores[555, 3] = float("nan")
+    with pytest.raises(TrainError, match="user 555"):
+        rank_targets(lambda rows: scores[rows].clone(), np.zeros(600, int), ragged([[]] * 600), items=8)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_dot_scores_of_blocks_side_by_side_do_not_mix(threads: int) -> None:
+    torch.manual_seed(0)
+    user_BD, item_ND = torch.randn(300, 8), torch.randn(30, 8)
+    scorer, both = dot_scorer(user_BD, item_ND), threading.Barrier(2, timeout=60)
+
+    def compute(rows: slice) -> torch.Tensor:
+        found = scorer(rows)
+        both.wait()
+        return found.clone()
+
+    torch.testing.assert_close(torch.cat(by_blocks(compute, 300, items=30)), user_BD @ item_ND.T)
+
+
+def test_parts_that_stay_in_a_cache_count_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.train.ranking._TILE", 37 * 7)  # seven of 50 items at a time
+    scores, targets, seen = random_case(5)
+    seen[3] += seen[3]  # a history may name an item twice
+    ranks = rank_targets(lambda rows: torch.from_numpy(scores[rows].copy()), targets, ragged(seen), items=50)
+    assert ranks.tolist() == by_hand(scores, targets, seen)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_scores_of_seen_items_that_are_not_finite_raise_too(bad: float) -> None:
+    scores = torch.zeros(5, 8)
+    scores[3, 7] = bad
+    seen = ragged([[1, 2], [], [0], [6, 7], [7]])
+    with pytest.raises(TrainError, match="user 3"):
+        rank_targets(lambda rows: scores[rows].clone(), np.zeros(5, int), seen, items=8)

@@ -15,7 +15,7 @@ from dtrain.core.comm import Comm
 from dtrain.model.blend import Mix
 from dtrain.model.recommender import Recommender
 from dtrain.train.headstart import with_head_start
-from dtrain.train.ranking import BLOCK_BYTES, blocks, ranks_in_block
+from dtrain.train.ranking import by_blocks, ranks_in_block
 from dtrain.train.shelf import Shelf, encoded_users, open_shelf
 from dtrain.train.subjects import Subject, shared
 
@@ -62,12 +62,14 @@ def _ranks_of(model: Recommender, shelf: Shelf, subject: Subject, comm: Comm, mo
             if key not in vectors:
                 vectors[key] = encoded_users(model, shelf, subject, share)
             histories, target_B, day_B = users.histories[share], users.targets[share], subject.days(share)
-            found = np.empty((len(target_B), len(mixes)), dtype=np.int64)
-            for rows in blocks(len(target_B), subject.items, BLOCK_BYTES):
+
+            def ranks(rows: slice) -> np.ndarray:
                 parts = shelf.parts(vectors[key][rows], histories[rows], None if day_B is None else day_B[rows])
-                for k, mix in enumerate(mixes):
-                    found[rows, k] = ranks_in_block(parts.mixed(mix), target_B[rows], histories[rows], first=rows.start)
-            return found
+                of = (ranks_in_block(parts.mixed(m), target_B[rows], histories[rows], first=rows.start) for m in mixes)
+                return np.stack(list(of), axis=1)
+
+            found = by_blocks(ranks, len(target_B), items=subject.items)
+            return np.concatenate([np.zeros((0, len(mixes)), np.int64), *found])
 
         return shared(subject, compute, comm, max_users=most)
 

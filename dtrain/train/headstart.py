@@ -25,7 +25,7 @@ from dtrain.data.evalset import Ragged
 from dtrain.model.blend import Mix
 from dtrain.model.recommender import Recommender
 from dtrain.train.metrics import gains
-from dtrain.train.ranking import BLOCK_BYTES, blocks, entries
+from dtrain.train.ranking import by_blocks, entries
 from dtrain.train.shelf import Parts, Shelf, encoded_users
 from dtrain.train.subjects import Subject, shared
 
@@ -62,11 +62,13 @@ def with_head_start(
     def compute(share: slice) -> np.ndarray:
         user_BD, day_B = encoded_users(model, shelf, picked, share), picked.days(share)
         histories, target_B = picked.users.histories[share], picked.users.targets[share]
-        found = [np.zeros((0, len(mixes), len(HEAD_STARTS)), np.int64)]
-        for block in blocks(len(user_BD), subject.items, BLOCK_BYTES):
+
+        def ranks(block: slice) -> np.ndarray:
             parts = shelf.parts(user_BD[block], histories[block], None if day_B is None else day_B[block])
-            found.append(ranks_at_starts(parts, mixes, target_B[block], histories[block]))
-        return np.concatenate(found)
+            return ranks_at_starts(parts, mixes, target_B[block], histories[block])
+
+        found = by_blocks(ranks, len(user_BD), items=subject.items)
+        return np.concatenate([np.zeros((0, len(mixes), len(HEAD_STARTS)), np.int64), *found])
 
     rank_BMS = shared(picked, compute, comm)
     gain_BMS, is_cold_B, config = gains(rank_BMS, metric), cold_B[rows], model.blend.config

@@ -6,7 +6,10 @@ Legend of shape suffixes: B users, b users of one block, N items of the catalogu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from dtrain.data.neighbours import ItemToItem
 __all__ = [
     "BLOCK_BYTES",
     "Scorer",
-    "blocks",
+    "by_blocks",
     "dot_scorer",
     "entries",
     "history_scorer",
@@ -29,16 +32,21 @@ __all__ = [
     "top_items",
 ]
 
-#: Scores of the users in a slice for every item, [b, N], floating point. The caller may write in the tensor, which
-#: holds until the next call. The scores of all users for one item lie side by side in memory: a product of many items
-#: and few users is then up to twice as fast on a CPU, and what follows it finds a block of few users in a cache.
+#: Scores of the users in a slice for every item, [b, N], floating point. Several threads may call it at once, and a
+#: caller may write in the tensor, which holds until the same thread's next call. The scores of all users for one item
+#: lie side by side in memory: a product of many items and few users is then up to twice as fast on a CPU, and what
+#: follows it finds a block of few users in a cache.
 Scorer = Callable[[slice], Tensor]
 
-#: Default bound of one block of scores, in bytes.
+#: Default bound of the scores of all blocks that are held at once, in bytes.
 BLOCK_BYTES = 128 << 20
 
-_ROWS = 256  # users of one matrix product, for it to be worth one
+_T = TypeVar("_T")
+
+_ROWS = 512  # users of one matrix product, for it to be worth one
 _PART = 4 if torch.cuda.is_available() else 8  # of a block's bytes, that scores take where it holds more users
+_FEWEST = 128  # users of a block, for another block beside it to be worth fewer users in each
+_TILE = 1 << 18  # scores that stay in a core's cache
 _ALIGN = 16  # users: on a CPU, scores of so many or of a multiple lie in whole cache lines, and take half the time
 
 
@@ -52,15 +60,15 @@ def dot_scorer(user_BD: Tensor, item_ND: Tensor, bias_N: Tensor | None = None) -
     """score = user . item (+ bias), in float32 on the device of the vectors."""
     users, items = user_BD.float(), item_ND.float()
     bias_N1 = None if bias_N is None else bias_N.float()[:, None]
-    # One place for the scores of every block: of tensors that come and go, an allocator may hold several at a time.
-    room = items.new_empty(0)
+    # A thread's one place for the scores of its blocks: of tensors that come and go, an allocator may hold several.
+    own = threading.local()
 
     def scores(rows: slice) -> Tensor:
-        nonlocal room
         users_Db = users[rows].T
         shape = (len(items), users_Db.shape[1])
-        if len(room) < math.prod(shape):
-            room = items.new_empty(math.prod(shape))
+        room = getattr(own, "room", None)
+        if room is None or len(room) < math.prod(shape):
+            room = own.room = items.new_empty(math.prod(shape))
         score_Nb = room[: math.prod(shape)].view(shape)
         if bias_N1 is None:
             return torch.mm(items, users_Db, out=score_Nb).T
@@ -88,27 +96,52 @@ def history_scorer(table: ItemToItem, histories: Ragged) -> Scorer:
     return scores
 
 
-def blocks(users: int, items: int, block_bytes: int) -> Iterator[slice]:
-    """The users in slices whose scores, fp32, are at most so many bytes; at least one user each.
+def by_blocks(compute: Callable[[slice], _T], users: int, *, items: int, block_bytes: int = BLOCK_BYTES) -> list[_T]:
+    """`compute` of the users block by block, in order: slices of at least one user, whose scores, fp32, for all items
+    are at most so many bytes in all blocks that are held at once.
 
-    A small part of that where it holds _ROWS users: what follows the product then finds more of its scores in a cache.
+    On a CPU, blocks are computed side by side, each by a share of the threads and without gradients: two threads in
+    one block would wait for each other at each of its steps. Raises what `compute` raises.
     """
+    threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
     row = 4 * max(1, items)
-    size = max(1, min(block_bytes // row, max(block_bytes // _PART // row, _ROWS)))
+    workers = max(1, min(threads, block_bytes // row // _FEWEST, users // _FEWEST))
+    most = -(-users // workers)
+    slices = _blocks(users, row, block_bytes // workers, most + -most % _ALIGN)
+    if workers == 1:
+        return [compute(rows) for rows in slices]
+
+    def on_a_share(rows: slice) -> _T:
+        with torch.no_grad():  # it holds for a thread
+            return compute(rows)
+
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+            return list(pool.map(on_a_share, slices))
+    finally:
+        torch.set_num_threads(threads)  # some libraries of products have one number for all threads
+
+
+def _blocks(users: int, row: int, block_bytes: int, most: int) -> list[slice]:
+    """Of up to `most` users, with `row` bytes each. They take a small part of the bytes where it holds _ROWS users:
+    what follows the product then finds more of its scores in a cache."""
+    size = max(1, min(block_bytes // row, max(block_bytes // _PART // row, _ROWS), most))
     size -= size % _ALIGN if size > _ALIGN else 0
-    for start in range(0, users, size):
-        yield slice(start, min(start + size, users))
+    return [slice(start, min(start + size, users)) for start in range(0, users, size)]
 
 
-def _check(score_bN: Tensor, first: int) -> None:
+def _check(score_bN: Tensor, first: int, user_b: Tensor | None = None) -> None:
+    """`user_b`: whose rows these are; None: of all users of the block, in order."""
     # A sum is one vectorised pass, and a NaN or infinity shows in it.
     if score_bN.sum().isfinite():
         return
     bad = (~torch.isfinite(score_bN.sum(1))).nonzero()
     if len(bad):
+        row = int(bad[0])
         raise TrainError(
-            f"scores of user {first + int(bad[0])} of this evaluation are not finite; ranks of them would mean "
-            "nothing. The weights are broken: evaluate an earlier checkpoint, lower the learning rate"
+            f"scores of user {first + (row if user_b is None else int(user_b[row]))} of this evaluation are not "
+            "finite; ranks of them would mean nothing. The weights are broken: evaluate an earlier checkpoint, lower "
+            "the learning rate"
         )
 
 
@@ -127,10 +160,12 @@ def rank_targets(
     it is among the seen. Memory: about `block_bytes` of scores at a time, at least one user's. Raises TrainError for
     a score that is not finite.
     """
-    ranks = [
-        ranks_in_block(scores(rows), target_B[rows], seen[rows], first=rows.start)
-        for rows in blocks(len(target_B), items, block_bytes)
-    ]
+    ranks = by_blocks(
+        lambda rows: ranks_in_block(scores(rows), target_B[rows], seen[rows], first=rows.start),
+        len(target_B),
+        items=items,
+        block_bytes=block_bytes,
+    )
     return np.concatenate(ranks) if ranks else np.zeros(0, dtype=np.int64)
 
 
@@ -139,16 +174,22 @@ def ranks_in_block(score_bN: Tensor, target_b: np.ndarray, seen: Ragged, *, firs
 
     `first`: the number of its first user, for an error.
     """
-    items = score_bN.shape[1]
-    _check(score_bN, first)
+    users, items = score_bN.shape
     target_b1 = torch.from_numpy(np.asarray(target_b, dtype=np.int64)).to(score_bN.device)[:, None]
     bar_b1 = score_bN.gather(1, target_b1)
-    _hide_seen(score_bN, seen)
+    user, item = (torch.from_numpy(x).to(score_bN.device) for x in entries(seen))
+    _check(score_bN[user, item][:, None], first, user)
+    score_bN[user, item] = (bar_b1 - bar_b1.abs() - 1)[user, 0]  # finite, and below the target
     score_bN.scatter_(1, target_b1, bar_b1)
-    # Counting what is *below* the target counts ties (and the target itself) above it. Comparing in place into floats
-    # is the fastest form on a CPU, and exact below 2^24 items; beyond, count in integers.
-    below_bN = score_bN.lt_(bar_b1) if items < 1 << 24 else score_bN < bar_b1
-    return np.asarray((items - below_bN.sum(1).to(torch.int64)).cpu().numpy())
+    # On a CPU a part after the other, each of which stays in a cache while it is looked at three times.
+    width = max(1, _TILE // max(1, users)) if score_bN.device.type == "cpu" else items
+    below_b = torch.zeros(users, dtype=torch.int64, device=score_bN.device)
+    for part_bn in torch.split(score_bN, width, dim=1):
+        _check(part_bn, first)
+        # Counting what is *below* the target counts ties (and the target itself) above it. Comparing in place into
+        # floats is the fastest form on a CPU.
+        below_b += part_bn.lt_(bar_b1).sum(1, dtype=torch.float32).to(torch.int64)
+    return np.asarray((items - below_b).cpu().numpy())
 
 
 def top_items(
@@ -158,15 +199,17 @@ def top_items(
 
     A user with fewer than K unseen items gets seen ones at the end, with score -inf.
     """
-    found, values = [], []
-    for rows in blocks(len(seen), items, block_bytes):
+
+    def best(rows: slice) -> tuple[np.ndarray, np.ndarray]:
         score_bN = scores(rows)
         _check(score_bN, rows.start)
         _hide_seen(score_bN, seen[rows])
-        best = score_bN.topk(min(k, items), dim=1)
-        found.append(best.indices.cpu().numpy())
-        values.append(best.values.cpu().numpy())
+        top = score_bN.topk(min(k, items), dim=1)
+        return top.indices.cpu().numpy(), top.values.cpu().numpy()
+
+    found = by_blocks(best, len(seen), items=items, block_bytes=block_bytes)
     if not found:
         empty = np.zeros((0, min(k, items)))
         return empty.astype(np.int64), empty.astype(np.float32)
-    return np.concatenate(found), np.concatenate(values)
+    item_BK, score_BK = (np.concatenate(parts) for parts in zip(*found))
+    return item_BK, score_BK
