@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,17 +38,19 @@ def made_up(users: int, items: int, dim: int, seed: int = 0) -> dict[str, np.nda
     return {"user": unit(users), "item": unit(items), "target": seen[:, -1].copy(), "seen": seen[:, :-1].copy()}
 
 
-def _times(run: Any, repeats: int, device: torch.device) -> list[float]:
-    found = []
+def _times(ways: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each way, in turn, so that an hour that is slow is slow for all; the first turn is left out."""
+    found: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return found[1:]
+        for way, seconds in zip(ways, found, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return [seconds[1:] for seconds in found]
 
 
 def ranked(data: dict[str, np.ndarray], user_BD: Tensor, item_ND: Tensor) -> np.ndarray:
@@ -92,9 +96,9 @@ def measure(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
     before = _peak(device)
     rank_B = ranked(data, user_BD, item_ND)
     extra = _peak(device) - before
-    ways = (product_alone, product_items_first, product_by_blocks)
-    alone = min((_times(lambda way=way: way(user_BD, item_ND), job["repeats"], device) for way in ways), key=median)
-    ours = _times(lambda: ranked(data, user_BD, item_ND), job["repeats"], device)
+    products = [partial(way, user_BD, item_ND) for way in (product_alone, product_items_first, product_by_blocks)]
+    ours, *theirs = _times([lambda: ranked(data, user_BD, item_ND), *products], job["repeats"], device)
+    alone = min(theirs, key=median)
     return {
         "ours": [job["users"] / s for s in ours],
         "floor": [job["users"] / s for s in alone],
