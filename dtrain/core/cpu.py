@@ -31,8 +31,8 @@ def keep_freed_memory() -> None:
     glibc on Linux. Once a process, before what is large.
 
     By default it gives blocks of 32 MiB and more back to the system at once, and every step of a training on a CPU has
-    their pages made anew and zeroed: 5 to 9 % of it. And by default all lies in pages of 4 KiB; looking up so many takes
-    another 10 %. The process' virtual size grows by half of the machine's memory, what it holds does not.
+    their pages made anew and zeroed: 5 to 9 % of it. And by default all lies in pages of 4 KiB; looking up so many
+    takes another 10 %. The process' virtual size grows by half of the machine's memory, what it holds does not.
     """
     try:
         libc = ctypes.CDLL(None)
