@@ -98,7 +98,8 @@ class TextStep(nn.Module):
     def forward(self, batch: Any, gather: Any) -> Tensor:
         vector_NH = nn.functional.normalize(self.encoder(batch.ids_NT, batch.mask_NT), dim=1)
         first, second = vector_NH.chunk(2)
-        return info_nce(first, second, torch.arange(len(first), device=first.device), scale=20.0).sum()[None]
+        own, weight = torch.arange(len(first), device=first.device), torch.ones_like(first[:, 0])
+        return info_nce(first, second, own, weight, scale=20.0)[None]
 
 
 def text_engine(encoder: EncoderConfig, engine: EngineConfig, comm: Comm) -> BaseEngine:

@@ -84,7 +84,7 @@ def blocks_of(batch: StepBatch) -> list[Block]:
 def held(batch: StepBatch) -> dict[str, Any]:
     """What a rank holds that others may hold too, as plain values."""
     table = batch.table
-    columns = (table.row_U, table.platform_U, table.text_group_U, table.keep_id_U, table.fresh_U)
+    columns = (table.row_U, table.platform_U, table.keep_id_U, table.fresh_U)
     return {
         "items": {row: what for row, *what in zip(*(column.tolist() for column in columns), strict=True)},
         "fresh": batch.fresh_row_F.tolist(),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.data.batch import Block, Histories, ItemTable, ItemTexts, StepBatch
+from dtrain.data.batch import Block, Histories, ItemTable, ItemTexts, StepBatch, Targets
 from dtrain.model.build import build_model
 from dtrain.model.config import (
     AdapterConfig,
@@ -93,6 +93,7 @@ def toy_batch(
     dropped: Sequence[int] = (),
     log_q: Mapping[int, float] | None = None,
     positions: int | None = None,
+    buckets: int = 1,
 ) -> StepBatch:
     """One rank's batch with one block a platform. `fresh` rows are encoded (None: all)."""
     rows = sorted({row for _, items, _ in samples for row in items} | set(negatives)) or [0]
@@ -107,21 +108,21 @@ def toy_batch(
     table = ItemTable(
         row_U=torch.tensor(rows),
         platform_U=torch.tensor(PLATFORM[rows]),
-        text_group_U=torch.tensor([(groups or {}).get(row, row) for row in rows]),
         keep_id_U=torch.tensor([row not in dropped for row in rows]),
         fresh_U=torch.tensor([order.get(row, -1) for row in rows]),
     )
-    blocks = []
+    candidates = []
     for platform in (0, 1):
         targets = {row for p, items, _ in samples if p == platform for row in items[1:]}
-        candidates = sorted(targets | {row for row in negatives if PLATFORM[row] == platform})
-        blocks.append(
-            Block(
-                platform=platform,
-                candidate_C=torch.tensor([place[row] for row in candidates], dtype=torch.int64),
-                log_q_C=torch.tensor([(log_q or {}).get(row, 0.0) for row in candidates]),
-            )
+        candidates.append(sorted(targets | {row for row in negatives if PLATFORM[row] == platform}))
+    blocks = [
+        Block(
+            platform=platform,
+            candidate_C=torch.tensor([place[row] for row in own], dtype=torch.int64),
+            log_q_C=torch.tensor([(log_q or {}).get(row, 0.0) for row in own]),
         )
+        for platform, own in enumerate(candidates)
+    ]
     weight_P = torch.zeros(2, dtype=torch.float64)
     for platform, _, weights in samples:
         weight_P[platform] += sum(weights)
@@ -132,7 +133,9 @@ def toy_batch(
         share_rows=len(encoded),
         fresh_row_F=torch.tensor(encoded, dtype=torch.int64),
         table=table,
-        histories=tuple(histories([samples[i] for i in part], place, positions) for part in parts),
+        histories=tuple(
+            histories([samples[i] for i in part], place, candidates, groups or {}, buckets, positions) for part in parts
+        ),
         blocks=tuple(blocks),
         target_weight_P=weight_P,
         tokens=sum(int(t.mask_NT.sum()) for t in texts),
@@ -141,25 +144,51 @@ def toy_batch(
     )
 
 
-def histories(samples: Sequence[Sample], place: Mapping[int, int], positions: int | None = None) -> Histories:
-    """Left-aligned positions of some samples; no sample: one that is all padding."""
-    count = max(1, len(samples))
-    length = positions or max([len(items) - 1 for _, items, _ in samples], default=3)
-    item, target, event = (torch.zeros(count, length, dtype=torch.int64) for _ in range(3))
-    weight, mask = torch.zeros(count, length), torch.zeros(count, length, dtype=torch.bool)
-    for b, (_, items, weights) in enumerate(samples):
-        n = len(items) - 1
-        rows = torch.tensor([place[row] for row in items])
-        item[b, :n], target[b, :n], mask[b, :n] = rows[:-1], rows[1:], True
-        weight[b, :n] = torch.tensor(weights)
-    platform = torch.tensor([p for p, _, _ in samples] or [0])
+def histories(
+    samples: Sequence[Sample],
+    place: Mapping[int, int],
+    candidates: Sequence[Sequence[int]],
+    groups: Mapping[int, int],
+    buckets: int,
+    positions: int | None,
+) -> Histories:
+    """Left-aligned positions of some samples in `buckets`; no sample: one that is all padding."""
+    item: list[int] = []
+    shapes, platforms = [], []
+    found: list[list[tuple[int, int, float]]] = [[] for _ in candidates]
+    for part in np.array_split(np.arange(len(samples)), min(buckets, max(1, len(samples)))):
+        own = [samples[i] for i in part] or [(0, [0], [])]
+        length = positions or max(1, *(len(items) - 1 for _, items, _ in own))
+        shapes.append((len(own), length))
+        for platform, items, weights in own:
+            platforms.append(platform)
+            for t, weight in enumerate(weights):
+                if weight > 0:
+                    found[platform].append((len(item) + t, candidates[platform].index(items[t + 1]), weight))
+            rows = [place[row] for row in items[:-1]]
+            item += rows + [0] * (length - len(rows))
+    targets = []
+    for own_candidates, own_found in zip(candidates, found, strict=True):
+        group = [groups.get(row, row) for row in own_candidates]
+        twins = [
+            (t, c)
+            for t, (_, at, _) in enumerate(own_found)
+            for c in range(len(group))
+            if c != at and group[c] == group[at]
+        ]
+        targets.append(
+            Targets(
+                at_T=torch.tensor([cell for cell, _, _ in own_found], dtype=torch.int64),
+                place_T=torch.tensor([at for _, at, _ in own_found], dtype=torch.int64),
+                weight_T=torch.tensor([weight for _, _, weight in own_found], dtype=torch.float32),
+                lift_T=torch.zeros(len(own_found), dtype=torch.int64),
+                twin_S2=torch.tensor(twins, dtype=torch.int64).view(-1, 2),
+            )
+        )
     return Histories(
-        item_BL=item,
-        event_BL=event,
-        mask_BL=mask,
-        target_BL=target,
-        weight_BL=weight,
-        lift_BL=torch.zeros_like(target),
-        platform_B=platform,
-        block_B=platform.clone(),
+        shapes=tuple(shapes),
+        item_Z=torch.tensor(item),
+        event_Z=torch.zeros(len(item), dtype=torch.int64),
+        platform_B=torch.tensor(platforms),
+        targets=tuple(targets),
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bisect
 import itertools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dtrain.batches.ragged import length_chunks, length_classes
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
-from dtrain.data.batch import StepBatch
+from dtrain.data.batch import Histories, StepBatch
 from dtrain.data.manifest import Manifest
 from dtrain.data.schema import DAY
 from dtrain.data.shards import ShardReader
@@ -49,6 +50,13 @@ def lifts(batch: StepBatch, block: int, at: int) -> list[float]:
     return [] if lift_DC is None else lift_DC[at].tolist()
 
 
+def cells_of(part: Histories) -> list[int]:
+    """The first cell of each sample."""
+    widths = [length for rows, length in part.shapes for _ in range(rows)]
+    assert sum(widths) == len(part.item_Z) == len(part.event_Z)
+    return [0, *itertools.accumulate(widths[:-1])]
+
+
 def meaning(batches: list[StepBatch]) -> dict[str, Any]:
     """What a step trains on, put together from all ranks and micro-batches, with items by global row."""
     text_of: dict[int, list[int]] = {}
@@ -65,20 +73,26 @@ def meaning(batches: list[StepBatch]) -> dict[str, Any]:
     for batch in batches:
         row_U, blocks = batch.table.row_U, blocks_of(batch)
         for part in batch.histories:
-            for b in range(part.item_BL.shape[0]):
-                for at in np.flatnonzero(part.weight_BL[b].numpy() > 0):
-                    history = row_U[part.item_BL[b, : at + 1]].tolist()
-                    assert part.mask_BL[b, : at + 1].all()
-                    assert not part.target_BL[b][part.weight_BL[b] == 0].any()
+            first_B = cells_of(part)
+            assert len(first_B) == len(part.platform_B)
+            for number, targets in enumerate(part.targets):
+                candidate_C = row_U[batch.blocks[number].candidate_C]
+                twins: dict[int, list[int]] = {}
+                for target, candidate in targets.twin_S2.tolist():
+                    twins.setdefault(target, []).append(int(candidate_C[candidate]))
+                assert list(twins) == sorted(twins)
+                for target, cell in enumerate(targets.at_T.tolist()):
+                    b = bisect.bisect(first_B, cell) - 1
                     positions.append(
                         [
-                            history,
-                            part.event_BL[b, : at + 1].tolist(),
-                            int(row_U[part.target_BL[b, at]]),
-                            float(part.weight_BL[b, at]),
+                            row_U[part.item_Z[first_B[b] : cell + 1]].tolist(),
+                            part.event_Z[first_B[b] : cell + 1].tolist(),
+                            int(candidate_C[targets.place_T[target]]),
+                            float(targets.weight_T[target]),
                             int(part.platform_B[b]),
-                            blocks[int(part.block_B[b])],
-                            lifts(batch, int(part.block_B[b]), int(part.lift_BL[b, at])),
+                            blocks[number],
+                            lifts(batch, number, int(targets.lift_T[target])),
+                            twins.get(target, []),
                         ]
                     )
         samples += batch.sample_ids
@@ -107,7 +121,7 @@ def test_a_step_means_the_same_for_every_world_size_and_accumulation(
             assert meaning(batches) == want, (size, accumulation)
             for batch in batches[1:]:
                 assert batch.share_rows == batches[0].share_rows
-            assert {len(batch.histories) for batch in batches} == {4 * accumulation}
+            assert {len(batch.histories) for batch in batches} == {accumulation}
             assert len({len(batch.texts) for batch in batches}) == 1
 
 
@@ -132,6 +146,18 @@ def test_positions_are_the_windows_next_items(manifest: Manifest, items: Items) 
     assert [position[:6] for position in got] == sorted(want)
 
 
+def test_a_targets_twins_are_the_other_candidates_of_its_text(manifest: Manifest, items: Items) -> None:
+    twins = 0
+    for accumulation in (1, 2):
+        for *_, target, _, _, (_, candidates, _), _, found in meaning(
+            [alone(manifest, items, 2, accumulation=accumulation)]
+        )["positions"]:
+            same = [row for row in candidates if items.group_I[row] == items.group_I[target] and row != target]
+            assert found == same
+            twins += len(same)
+    assert twins > 20
+
+
 def test_candidates_are_lifted_by_what_was_wanted_before_the_targets_day(manifest: Manifest, items: Items) -> None:
     (batch,), samples = [alone(manifest, items, 2, accumulation=2)], read_step(make_plan(manifest), 2, World())
     want = {}
@@ -144,7 +170,7 @@ def test_candidates_are_lifted_by_what_was_wanted_before_the_targets_day(manifes
         for t, day in enumerate(samples.day_T[part].tolist()):
             want[(blocks_of(batch)[block], *rows[: t + 1])] = trends.of(np.array([day]))[0, candidates].tolist()
     positions = meaning([batch])["positions"]
-    found = {(block, *history, target): lift for history, _, target, _, _, block, lift in positions}
+    found = {(block, *history, target): lift for history, _, target, _, _, block, lift, _ in positions}
     assert found
     assert all(lift == want[key] for key, lift in found.items())
     assert len({tuple(lift) for lift in found.values()}) > 20
@@ -175,7 +201,7 @@ def test_candidates_are_the_blocks_targets_and_negatives(manifest: Manifest, ite
     row = batch.table.row_U
     assert (torch.diff(row) > 0).all()
     for own, block, planned in zip(blocks_of(batch), batch.blocks, plan.blocks, strict=True):
-        asked = [target for _, _, target, _, _, at, _ in positions if at == own]
+        asked = [target for _, _, target, _, _, at, _, _ in positions if at == own]
         targets = set(asked)
         negatives = set((planned.negatives_K + items.offset_P[planned.platform]).tolist())
         assert set(row[block.candidate_C].tolist()) == targets | negatives
@@ -263,10 +289,9 @@ def test_ids_are_dropped_at_the_asked_share_and_anew_each_step(manifest: Manifes
 def test_a_rank_with_fewer_samples_than_micro_batches_fills_up_with_nothing(manifest: Manifest, items: Items) -> None:
     batches = on_ranks(24, lambda comm: collate(manifest, items, comm, 0, {}, accumulation=3))
     for batch in batches:
-        assert len(batch.histories) == 3 * BatchConfig().history_buckets
-        weights = [float(part.weight_BL.sum()) for part in batch.histories]
-        assert sum(weight > 0 for weight in weights) <= 1  # its one sample
-        assert all(part.mask_BL[:, 0].all() for part in batch.histories)
+        assert len(batch.histories) == 3
+        assert sum(any(len(own.at_T) for own in part.targets) for part in batch.histories) <= 1  # its one sample
+        assert all(len(part.item_Z) for part in batch.histories)
         assert len(batch.sample_ids) == 1
 
 
@@ -314,7 +339,7 @@ def test_every_rank_encodes_as_many_chunks_of_texts_whatever_its_lengths(
 
 def test_histories_are_padded_within_their_class(manifest: Manifest, items: Items) -> None:
     cells = {
-        buckets: sum(part.mask_BL.numel() for part in alone(manifest, items, 0, history_buckets=buckets).histories)
+        buckets: sum(len(part.item_Z) for part in alone(manifest, items, 0, history_buckets=buckets).histories)
         for buckets in (1, 4)
     }
     assert cells[4] < cells[1]

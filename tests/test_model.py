@@ -45,11 +45,12 @@ def test_loss_is_the_weighted_cross_entropy_over_each_blocks_candidates(model: R
     batch = toy_batch(SAMPLES, negatives=NEGATIVES, log_q={7: -2.0, 10: -1.0})
     lift_DC = torch.randn(3, len(batch.blocks[0].candidate_C))  # the first platform alone has times
     (chunk,) = batch.histories
-    day_BL = torch.arange(chunk.item_BL.shape[1]).expand_as(chunk.item_BL) % 3
+    timed = chunk.targets[0]
+    day_T = timed.at_T % chunk.shapes[0][1] % 3
     batch = dataclasses.replace(
         batch,
         blocks=(dataclasses.replace(batch.blocks[0], lift_DC=lift_DC), batch.blocks[1]),
-        histories=(dataclasses.replace(chunk, lift_BL=day_BL),),
+        histories=(dataclasses.replace(chunk, targets=(dataclasses.replace(timed, lift_T=day_T), chunk.targets[1])),),
     )
     loss_P = model(batch)
     _, item_ND, bias_N = catalogue(model)
@@ -126,6 +127,16 @@ def test_weights_scale_losses_and_zero_means_no_target(model: Recommender) -> No
 def test_padding_changes_nothing(model: Recommender) -> None:
     loss_P = model(toy_batch(SAMPLES, negatives=NEGATIVES))
     torch.testing.assert_close(model(toy_batch(SAMPLES, negatives=NEGATIVES, positions=8)), loss_P)
+
+
+def test_buckets_change_neither_loss_nor_gradients(model: Recommender) -> None:
+    loss_P, plain = gradients(model, toy_batch(SAMPLES, negatives=NEGATIVES))
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES, buckets=3)
+    assert len({length for _, length in batch.histories[0].shapes}) > 1
+    bucketed_P, bucketed = gradients(model, batch)
+    torch.testing.assert_close(bucketed_P, loss_P, rtol=1e-6, atol=1e-6)
+    for name, grad in plain.items():
+        torch.testing.assert_close(bucketed[name], grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_every_trainable_weight_has_a_gradient_on_a_rank_without_samples(model: Recommender) -> None:
@@ -226,8 +237,8 @@ def summed_gradients(comm: Comm, folder: str) -> tuple[list[float], np.ndarray]:
     rows = batch.table.row_U.tolist()
     share = -(-len(rows) // comm.world.size)
     mine = [*rows, *[-1] * share][share * comm.world.rank :][:share]
-    place = {row: i for i, row in enumerate(rows)}
-    own = histories(SAMPLES if comm.world.is_main else [], place)
+    candidates = [[rows[place] for place in block.candidate_C.tolist()] for block in batch.blocks]
+    own = batch.histories[0] if comm.world.is_main else histories([], {0: 0}, candidates, {}, 1, None)
     texts = tuple(ItemTexts(ids_NT=i, mask_NT=m) for i, m in (tokens(mine[:3]), tokens(mine[3:])))
     gathered = torch.tensor([*rows, *[-1] * share][: share * comm.world.size])
     batch = dataclasses.replace(batch, texts=texts, share_rows=share, fresh_row_F=gathered, histories=(own,))

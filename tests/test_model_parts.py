@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from dtrain.core.config import load_config, to_dict
 from dtrain.core.errors import ConfigError
 from dtrain.data.batch import PairBatch, Pairs
+from dtrain.model import objectives
 from dtrain.model.build import build_cross_encoder, describe, parameter_roles, train_flops_per_token
 from dtrain.model.config import AdapterConfig, EncoderConfig, FreezeConfig, ModelConfig, UserConfig
 from dtrain.model.cross import CrossEncoder
@@ -24,37 +28,90 @@ from dtrain.model.user import LastItem, UserEncoder
 from tests.model_toys import tokens, toy_model
 
 
+def nll(query: Tensor, items: Tensor, target: list[int], **more: Any) -> list[float]:
+    """Each query's own negative log likelihood."""
+    own = torch.eye(len(query)).unbind()
+    return [float(info_nce(query, items, torch.tensor(target), weight, **more)) for weight in own]
+
+
 def test_info_nce_by_hand() -> None:
     query = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     items = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    nll = info_nce(query, items, torch.tensor([2, 1]))
     e = math.e
-    assert nll.tolist() == pytest.approx([-math.log(e / (2 * e + 1)), -math.log(e**2 / (2 * e**2 + 1))])
-    warmer = info_nce(query, items, torch.tensor([2, 1]), scale=0.5)
-    assert float(warmer[0]) == pytest.approx(-math.log(e**0.5 / (2 * e**0.5 + 1)))
-    biased = info_nce(query[:1], items, torch.tensor([2]), bias_C=torch.tensor([0.0, 3.0, 1.0]))
-    assert float(biased[0]) == pytest.approx(-math.log(e**2 / (e + e**3 + e**2)))
-    lifted = info_nce(query, items, torch.tensor([2, 1]), offset_TC=torch.tensor([[0.0, 3.0, 1.0], [0.0, -2.0, 0.0]]))
-    assert lifted.tolist() == pytest.approx([float(biased[0]), -math.log(1 / (e**2 + 1 + 1))])
+    alone = [-math.log(e / (2 * e + 1)), -math.log(e**2 / (2 * e**2 + 1))]
+    assert nll(query, items, [2, 1]) == pytest.approx(alone)
+    assert nll(query, items, [2, 1], scale=0.5)[0] == pytest.approx(-math.log(e**0.5 / (2 * e**0.5 + 1)))
+    biased = nll(query[:1], items, [2], bias_C=torch.tensor([0.0, 3.0, 1.0]))
+    assert biased == pytest.approx([-math.log(e**2 / (e + e**3 + e**2))])
+    lift_AC = torch.tensor([[0.0, -2.0, 0.0], [0.0, 3.0, 1.0]])
+    lifted = nll(query, items, [2, 1], lift_AC=lift_AC, lift_T=torch.tensor([1, 0]))
+    assert lifted == pytest.approx([biased[0], -math.log(1 / (e**2 + 1 + 1))])
     # An item that is a candidate half as often as the others counts twice in the denominator.
-    sampled = info_nce(query[:1], items, torch.tensor([2]), log_q_C=torch.tensor([0.0, math.log(0.5), 0.0]))
-    assert float(sampled[0]) == pytest.approx(-math.log(e / (e + 2 + e)))
+    sampled = nll(query[:1], items, [2], log_q_C=torch.tensor([0.0, math.log(0.5), 0.0]))
+    assert sampled == pytest.approx([-math.log(e / (e + 2 + e))])
+    weighted = info_nce(query, items, torch.tensor([2, 1]), torch.tensor([0.5, 2.0]))
+    assert float(weighted) == pytest.approx(0.5 * alone[0] + 2 * alone[1])
+    assert float(info_nce(query[:0], items, torch.tensor([2, 1])[:0], torch.ones(0))) == 0
 
 
-def test_info_nce_leaves_out_the_targets_group_and_keeps_the_target() -> None:
+def test_info_nce_leaves_out_twins() -> None:
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     items = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    group = torch.tensor([5, 6, 5])
-    nll = info_nce(query, items, torch.tensor([2, 1]), group_C=group)
-    assert nll.tolist() == pytest.approx([-math.log(math.e / (math.e + 1)), -math.log(1 / (1 + 2 * math.e))])
+    found = nll(query, items, [2, 1], twin_S2=torch.tensor([[0, 0]]))
+    assert found == pytest.approx([-math.log(math.e / (math.e + 1)), -math.log(1 / (1 + 2 * math.e))])
 
 
 def test_info_nce_stays_fp32_under_autocast() -> None:
-    query, items = torch.randn(5, 8), torch.randn(7, 8)
-    exact = info_nce(query, items, torch.arange(5), scale=20.0)
+    query, items, weight = torch.randn(5, 8), torch.randn(7, 8), torch.ones(5)
+    exact = info_nce(query, items, torch.arange(5), weight, scale=20.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(info_nce(query, items, torch.arange(5), scale=20.0), exact)
-    assert info_nce(query.bfloat16(), items, torch.arange(5)).dtype == torch.float32
+        torch.testing.assert_close(info_nce(query, items, torch.arange(5), weight, scale=20.0), exact)
+    assert info_nce(query.bfloat16(), items, torch.arange(5), weight).dtype == torch.float32
+
+
+def test_info_nce_of_a_target_that_hardly_can_be_is_finite() -> None:
+    items = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    loss = info_nce(items[:1].detach(), items, torch.tensor([1]), torch.ones(1), scale=100.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(200)
+    assert items.grad is not None
+    assert items.grad.tolist() == [[100, 0], [-100, 0]]
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("logits", [1 << 22, 1])
+def test_info_nce_has_the_gradients_of_the_plain_formula(
+    low: bool, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(objectives._LOGITS, "cpu", logits)  # 1: in parts of 16 targets
+    generator = torch.Generator().manual_seed(0)
+    query, items, bias = (torch.randn(*shape, generator=generator) for shape in ((50, 8), (7, 8), (7,)))
+    target, weight = torch.randint(7, (50,), generator=generator), torch.rand(50, generator=generator)
+    lift_AC, lift_T = torch.randn(3, 7, generator=generator), torch.randint(3, (50,), generator=generator)
+    log_q_C, scale = torch.randn(7, generator=generator), torch.tensor([3.0])
+    twins = [[t, c] for t in range(1, 50, 3) for c in (0, 4) if c != target[t]]
+    inputs = [x.requires_grad_() for x in (query, items, bias, scale)]
+
+    def plain() -> Tensor:
+        logit_TC = scale * query @ items.T + bias + lift_AC[lift_T] - log_q_C
+        for t, c in twins:
+            logit_TC = logit_TC.index_put((torch.tensor(t), torch.tensor(c)), torch.tensor(float("-inf")))
+        return F.cross_entropy(logit_TC, target, reduction="none") @ weight
+
+    more = {"scale": scale, "bias_C": bias, "log_q_C": log_q_C, "lift_AC": lift_AC, "lift_T": lift_T}
+    loss = info_nce(query, items, target, weight, twin_S2=torch.tensor(twins), low=low, **more)
+    torch.testing.assert_close(loss, plain())
+    want = torch.autograd.grad(-2 * plain(), inputs)
+    for got, wanted in zip(torch.autograd.grad(-2 * loss, inputs), want, strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) < (5e-3 if low else 1e-5)
+
+
+def test_info_nce_keeps_nothing_of_the_size_of_its_logits() -> None:
+    kept: list[int] = []
+    query, items = torch.randn(500, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        info_nce(query, items, torch.arange(300).repeat(2)[:500], torch.ones(500))
+    assert 500 * 4 <= max(kept) < 500 * 300
 
 
 def test_pointwise_bce_by_hand() -> None:
@@ -104,10 +161,10 @@ def test_the_future_does_not_change_the_past(layers: int) -> None:
     encoder = user_encoder(layers=layers)
     item, event, platform = torch.randn(2, 6, 8), torch.randint(0, 2, (2, 6)), torch.tensor([0, 1])
     every = torch.arange(12)
-    out = encoder(item, event, platform, every).view(2, 6, 8)
+    out = encoder(item.flatten(0, 1), event.flatten(), platform, [(2, 6)], every).view(2, 6, 8)
     changed = item.clone()
     changed[:, 4:] = torch.randn(2, 2, 8)
-    other = encoder(changed, event, platform, every).view(2, 6, 8)
+    other = encoder(changed.flatten(0, 1), event.flatten(), platform, [(2, 6)], every).view(2, 6, 8)
     torch.testing.assert_close(other[:, :4], out[:, :4])
     assert not torch.allclose(other[:, 4], out[:, 4])
 
@@ -118,7 +175,14 @@ def test_the_last_vector_is_that_of_the_last_real_position(layers: int) -> None:
     item, event, platform = torch.randn(3, 6, 8), torch.randint(0, 2, (3, 6)), torch.tensor([0, 1, 1])
     mask = torch.arange(6) < torch.tensor([6, 1, 4])[:, None]
     at = torch.tensor([5, 6, 12 + 3])
-    torch.testing.assert_close(encoder.last(item, event, mask, platform), encoder(item, event, platform, at))
+    every = encoder(item.flatten(0, 1), event.flatten(), platform, [(3, 6)], at)
+    torch.testing.assert_close(encoder.last(item, event, mask, platform), every)
+    # The same in two buckets: one of a single position, and one of two histories.
+    order, one = [1, 0, 2], slice(1)
+    item_Z = torch.cat([item[1, one], item[0], item[2]])
+    event_Z = torch.cat([event[1, one], event[0], event[2]])
+    bucketed = encoder(item_Z, event_Z, platform[order], [(1, 1), (2, 6)], torch.tensor([0, 1 + 5, 7 + 3]))
+    torch.testing.assert_close(bucketed, every[order])
     cut = encoder.last(item[2:, :4], event[2:, :4], mask[2:, :4], platform[2:])
     torch.testing.assert_close(cut, encoder.last(item, event, mask, platform)[2:])
 
@@ -126,7 +190,8 @@ def test_the_last_vector_is_that_of_the_last_real_position(layers: int) -> None:
 def test_without_layers_a_history_is_its_last_item() -> None:
     encoder = LastItem(ModelConfig(encoder=EncoderConfig(name="unused"), dim=8, user=UserConfig(layers=0)))
     item, event, platform = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1])
-    torch.testing.assert_close(encoder(item, event, platform, torch.tensor([1, 5])), item[[0, 1], [1, 2]])
+    found = encoder(item.flatten(0, 1), event.flatten(), platform, [(2, 3)], torch.tensor([1, 5]))
+    torch.testing.assert_close(found, item[[0, 1], [1, 2]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
     torch.testing.assert_close(encoder.last(item, event, mask, platform), item[[0, 1], [1, 2]])
     assert not list(encoder.parameters())
@@ -165,7 +230,7 @@ def test_order_matters_and_where_a_window_begins_does_not() -> None:
 
 def test_a_history_beyond_the_limit_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"7 items exceeds user.max_positions=6"):
-        user_encoder()(torch.zeros(1, 7, 8), torch.zeros(1, 7, dtype=torch.int64), torch.tensor([0]), torch.tensor([0]))
+        user_encoder()(torch.zeros(7, 8), torch.zeros(7).long(), torch.tensor([0]), [(1, 7)], torch.tensor([0]))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])

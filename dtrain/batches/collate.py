@@ -17,7 +17,7 @@ import torch
 
 from dtrain.batches.config import BatchConfig
 from dtrain.batches.fresh import choose_fresh, fresh_share
-from dtrain.batches.histories import Positions, micro_batches
+from dtrain.batches.histories import Asked, Positions, micro_batches
 from dtrain.batches.host import pin_for, sample_ids
 from dtrain.batches.items import Items
 from dtrain.core.comm import Comm
@@ -55,8 +55,8 @@ class Collator:
         block_Q = np.repeat(at.block_B, at.length_B)
         hit_Q = at.weight_Q > 0
         # One union for all: (block, item) pairs as one number; history items go under a block of their own.
-        asked = block_Q[hit_Q] * len(items) + at.next_Q[hit_Q]
-        seen = self._comm.union(np.concatenate([asked, len(plan.blocks) * len(items) + at.item_Q]))
+        pair_Q = block_Q * len(items) + at.next_Q
+        seen = self._comm.union(np.concatenate([pair_Q[hit_Q], len(plan.blocks) * len(items) + at.item_Q]))
         targets_G = np.bincount(block_Q[hit_Q], minlength=len(plan.blocks))
         platform_Q = np.repeat(at.platform_B, at.length_B)
         weight_P = np.bincount(platform_Q[hit_Q], at.weight_Q[hit_Q], minlength=len(items.platforms))
@@ -73,6 +73,13 @@ class Collator:
         pair_C = pair_C[np.isin(pair_C // len(items), own_H)]
         row_U = np.unique(np.concatenate([at.item_Q, pair_C % len(items)]))
         lift_Q, lifts = self._lifts(plan, own_H, pair_C, at, np.where(hit_Q, block_Q, -1))
+        cut_H = np.searchsorted(pair_C, own_H * len(items))
+        asked = Asked(
+            item_Q=np.searchsorted(row_U, at.item_Q),
+            place_Q=np.searchsorted(pair_C, pair_Q) - cut_H[np.searchsorted(own_H, block_Q)],
+            lift_Q=lift_Q,
+            groups=np.split(items.group_I[pair_C % len(items)], cut_H[1:]),
+        )
         at = dataclasses.replace(at, block_B=np.searchsorted(own_H, at.block_B))
         return StepBatch(
             step=samples.step,
@@ -80,7 +87,7 @@ class Collator:
             share_rows=share.rows,
             fresh_row_F=self._pin(share.row_F),
             table=self._table(row_U, share.place_U[np.searchsorted(row_S, row_U)], plan.seed),
-            histories=micro_batches(at, row_U, lift_Q, config.accumulation, config.history_buckets, self._pin),
+            histories=micro_batches(at, asked, config.accumulation, config.history_buckets, self._pin),
             blocks=self._blocks(plan, own_H, pair_C, row_U, targets_G, lifts),
             target_weight_P=torch.from_numpy(target_weight_P),
             tokens=share.tokens,
@@ -154,7 +161,6 @@ class Collator:
         return ItemTable(
             row_U=self._pin(row_U),
             platform_U=self._pin(self._items.platform(row_U)),
-            text_group_U=self._pin(self._items.group_I[row_U]),
             keep_id_U=self._pin(keep_U),
             fresh_U=self._pin(place_U),
         )

@@ -1,14 +1,14 @@
 """`StepBatch` and `PairBatch`: one rank's part of one step; batches make them, models eat them.
 
 Legend of shape suffixes: N items encoded by this chunk, T tokens, F texts encoded by all ranks, U distinct items that
-this rank needs, B samples of this chunk, L history positions, C candidates of a contrast block, D days, P platforms. In
-pairs, N is pairs.
+this rank needs, B samples of this chunk, Z cells of their positions, T targets, S targets' twins, C candidates of a
+contrast block, D days, P platforms. In pairs, N is pairs.
 
 Of the step's distinct items some are *fresh*. Each rank encodes the texts of its share of them, and the shares are
 gathered with gradient; the other items take the vector remembered from earlier. The items that a rank's own histories
-and blocks name form its table of U rows, sorted by (platform, item). Histories, targets and candidates are indices into
-it, so an item is encoded once however often it appears, and what a target is contrasted with does not depend on ranks
-or micro-batches.
+and blocks name form its table of U rows, sorted by (platform, item). Histories and candidates are indices into it, so
+an item is encoded once however often it appears, and what a target is contrasted with does not depend on ranks or
+micro-batches.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "PairBatch",
     "Pairs",
     "StepBatch",
+    "Targets",
     "to_device",
 ]
 
@@ -49,23 +50,34 @@ class ItemTable:
 
     row_U: Tensor  # int64 global item row: platform offset + catalogue row; indexes id vectors and remembered vectors
     platform_U: Tensor  # int64 platform index
-    text_group_U: Tensor  # int64, equal for items of one platform with equal text
     keep_id_U: Tensor  # bool, False where the id vector is dropped in this step
     fresh_U: Tensor  # int64, for each row its place in the gathered fresh vectors, or -1: use the remembered vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Histories:
-    """Samples of one micro-batch, left-aligned, padded to the longest. Position t predicts `target_BL[:, t]`."""
+class Targets:
+    """What some samples predict that are contrasted within one block."""
 
-    item_BL: Tensor  # int64 table row of the item at each position; 0 where padded
-    event_BL: Tensor  # int64 event type
-    mask_BL: Tensor  # bool, True for real positions
-    target_BL: Tensor  # int64 table row of the *next* item; 0 where there is no target
-    weight_BL: Tensor  # float32 weight of the target; 0: no target here
-    lift_BL: Tensor  # int64 row of the block's `lift_DC` for the target's day
-    platform_B: Tensor  # int64 platform index
-    block_B: Tensor  # int64 index into StepBatch.blocks
+    at_T: Tensor  # int64 cell of the position that predicts
+    place_T: Tensor  # int64 place of the *next* item among the block's candidates
+    weight_T: Tensor  # float32, above 0
+    lift_T: Tensor  # int64 row of the block's `lift_DC` for the target's day
+    twin_S2: Tensor  # int64 (target, candidate) by target: other candidates whose text is that of the target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histories:
+    """Samples of one micro-batch in buckets of like length, each left-aligned and padded to the longest of its bucket.
+
+    Their cells lie end to end, bucket after bucket, so that what depends on one position alone is computed for all of
+    them at once.
+    """
+
+    shapes: tuple[tuple[int, int], ...]  # (samples, positions) of each bucket; none is empty
+    item_Z: Tensor  # int64 table row of the item at each position; 0 where padded
+    event_Z: Tensor  # int64 event type; 0 where padded
+    platform_B: Tensor  # int64 platform index, bucket after bucket
+    targets: tuple[Targets, ...]  # of each of StepBatch.blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +94,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One rank's part of one step. `histories` are its micro-batches; `texts` are theirs, cut by length, in order."""
+    """One rank's part of one step. `histories` are its micro-batches, as many on every rank; `texts` are theirs, cut by
+    length, in order.
+    """
 
     step: int
     texts: tuple[ItemTexts, ...]  # equal total rows on every rank (padded with empty texts); () when nothing is fresh

@@ -65,9 +65,9 @@ class PlatformAdapters(nn.Module):
         x_ND = x_ND.float()
         order_N = torch.argsort(platform_N, stable=True)
         sizes = torch.bincount(platform_N, minlength=self.down_PDR.shape[0]).tolist()
-        parts = torch.split(x_ND[order_N].to(self.down_PDR.dtype), sizes)
+        parts = torch.split(F.embedding(order_N, x_ND).to(self.down_PDR.dtype), sizes)
         steps = [F.gelu(x @ down) @ up for x, down, up in zip(parts, self.down_PDR, self.up_PRD, strict=True)]
-        return x_ND.index_add(0, order_N, torch.cat(steps).float())
+        return x_ND + F.embedding(torch.argsort(order_N), torch.cat(steps)).float()
 
 
 class Temperature(nn.Module):

@@ -1,9 +1,11 @@
-"""Losses as pure functions: no model, no ranks, one number for every target.
+"""What predictions are held to.
 
-Legend: T targets, C candidates, D vector size, N pairs.
+Legend: T targets, C candidates, D vector size, S targets' twins, A days, N pairs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,40 +13,117 @@ from torch import Tensor
 
 __all__ = ["info_nce", "pointwise_bce"]
 
+#: Logits that are held at a time: on a CPU as many as its caches take, elsewhere 256 MiB, for few launches.
+_LOGITS = {"cpu": 1 << 22}
+_MOST_LOGITS = 1 << 26
+
 
 def info_nce(
     query_TD: Tensor,
     candidate_CD: Tensor,
     target_T: Tensor,
+    weight_T: Tensor,
     *,
     scale: Tensor | float = 1.0,
     bias_C: Tensor | None = None,
     log_q_C: Tensor | None = None,
-    offset_TC: Tensor | None = None,
-    group_C: Tensor | None = None,
+    lift_AC: Tensor | None = None,
+    lift_T: Tensor | None = None,
+    twin_S2: Tensor | None = None,
+    low: bool = False,
 ) -> Tensor:
-    """Negative log likelihood [T] (fp32, nats) of candidate `target_T` for each query.
+    """The sum (fp32, nats) over all queries of `weight_T` * negative log likelihood of candidate `target_T`.
 
-    The logit of candidate c is `scale * query . candidate_c + bias_c + offset_tc - log_q_c` (InfoNCE, van den Oord et
+    The logit of candidate c is `scale * query . candidate_c + bias_c + lift_ac - log_q_c` (InfoNCE, van den Oord et
     al. 2018; `log_q_C`, the log probability that c is a candidate, corrects for sampling by popularity, Bengio &
-    Senecal 2008, Yi et al. 2019; it is subtracted from the target's logit too). `group_C` int64: candidates of the
-    target's group other than the target itself are left out of its denominator. Candidates must be distinct items.
-    Computed in fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats.
+    Senecal 2008, Yi et al. 2019; it is subtracted from the target's logit too). Row a of `lift_AC` is the query's of
+    `lift_T`. `twin_S2` int64: (query, candidate) pairs by query, of candidates that are left out of the query's
+    denominator, never its target. Candidates must be distinct items. `weight_T`, `log_q_C` and `lift_AC` get no
+    gradient.
+
+    The logits are fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats. The products
+    that make gradients of them are bf16 if `low`, which changes gradients by 0.04 %.
+
+    A step's logits are its largest tensor, so they are made in parts, and gradients with them (as Liger Kernel's
+    linear cross-entropy does, Hsu et al. 2024, arXiv:2410.10989): nothing of size T x C outlives the call.
     """
     with torch.autocast(query_TD.device.type, enabled=False):
-        # [T, C] is the large one of a step: every pass over it counts, so what can be is added to it where it is.
-        more_C = torch.zeros_like(candidate_CD[:, 0], dtype=torch.float32) if bias_C is None else bias_C.float()
+        if not isinstance(scale, Tensor):
+            scale = torch.full((1,), scale, device=query_TD.device)
+        bias_C = torch.zeros_like(candidate_CD[:, 0], dtype=torch.float32) if bias_C is None else bias_C.float()
         if log_q_C is not None:
-            more_C = more_C - log_q_C.float()
-        logits_TC = torch.addmm(more_C, query_TD.float() * scale, candidate_CD.float().T)
-        if offset_TC is not None:
-            logits_TC = logits_TC.add_(offset_TC)
-        if group_C is not None:
-            same_TC = group_C[target_T, None] == group_C
-            same_TC.scatter_(1, target_T[:, None], False)
-            with torch.no_grad():  # the softmax of what is left out is 0, and so is its gradient
-                logits_TC.masked_fill_(same_TC, float("-inf"))
-        return F.cross_entropy(logits_TC, target_T, reduction="none")
+            bias_C = bias_C - log_q_C.float()
+        loss: Tensor = _Contrast.apply(  # type: ignore[no-untyped-call]
+            query_TD.float() * scale, candidate_CD.float(), bias_C, target_T, weight_T, lift_AC, lift_T, twin_S2, low
+        )
+        return loss
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_TD: Tensor,
+        candidate_CD: Tensor,
+        bias_C: Tensor,
+        target_T: Tensor,
+        weight_T: Tensor,
+        lift_AC: Tensor | None,
+        lift_T: Tensor | None,
+        twin_S2: Tensor | None,
+        low: bool,
+    ) -> Tensor:
+        count, rows = (
+            len(query_TD),
+            max(16, _LOGITS.get(query_TD.device.type, _MOST_LOGITS) // max(1, len(candidate_CD))),
+        )
+        starts = range(0, count, rows)
+        wanted = any(ctx.needs_input_grad)
+        narrow = torch.bfloat16 if low else torch.float32
+        narrow_CD = candidate_CD.to(narrow)
+        loss = torch.zeros((), device=query_TD.device)
+        grad_TD, grad_CD, grad_C = (torch.zeros_like(x) for x in (query_TD, candidate_CD, bias_C))
+        twins = _cut(twin_S2, starts)
+        for number, start in enumerate(starts):
+            part = slice(start, min(start + rows, count))
+            place_t, weight_t = target_T[part], weight_T[part]
+            logit_tC = torch.addmm(bias_C, query_TD[part], candidate_CD.T)
+            if lift_AC is not None and lift_T is not None:
+                logit_tC += lift_AC[lift_T[part]]
+            if twins:
+                logit_tC[twins[number][:, 0] - start, twins[number][:, 1]] = float("-inf")
+            share_tC = logit_tC.softmax(1)
+            # The largest share is never too small for a float, as a target's may be.
+            total_t = logit_tC.amax(1) - share_tC.amax(1).log_()
+            loss += (total_t - logit_tC.gather(1, place_t[:, None])[:, 0]) @ weight_t
+            if not wanted:
+                continue
+            # The gradient of a logit is its share, less 1 for the target: those are taken off apart, which is exact.
+            weighted_tD = query_TD[part] * weight_t[:, None]
+            one_tD = torch.cat([weighted_tD, weight_t[:, None]], 1)
+            one_CD = torch.ops.aten.embedding_dense_backward(one_tD, place_t, len(candidate_CD), -1, False)
+            grad_C += share_tC.T @ weight_t - one_CD[:, -1]
+            narrow_tC = share_tC.to(narrow)
+            grad_CD += narrow_tC.T @ weighted_tD.to(narrow)
+            grad_CD -= one_CD[:, :-1]
+            grad_TD[part] = ((narrow_tC @ narrow_CD).float() - F.embedding(place_t, candidate_CD)) * weight_t[:, None]
+        ctx.save_for_backward(grad_TD, grad_CD, grad_C)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *(grad * saved for saved in ctx.saved_tensors), *[None] * 6
+
+
+def _cut(twin_S2: Tensor | None, starts: range) -> list[Tensor]:
+    """The twins of each part of the queries; none where nobody has one."""
+    if twin_S2 is None or not len(twin_S2):
+        return []
+    if len(starts) == 1:
+        return [twin_S2]
+    inner = torch.tensor(list(starts)[1:], device=twin_S2.device)
+    return list(twin_S2.tensor_split(torch.searchsorted(twin_S2[:, 0].contiguous(), inner).tolist()))
 
 
 def pointwise_bce(logit_N: Tensor, label_N: Tensor) -> Tensor:

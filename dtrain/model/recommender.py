@@ -1,12 +1,12 @@
 """The retriever: item texts and histories to a next-item loss, and the vectors to search with.
 
 Legend: N items encoded by this rank, F by all, U distinct items that this rank needs, H hidden size of the encoder,
-D vector size, B histories, L positions, T targets, C candidates, P platforms.
+D vector size, B histories, L positions, Z cells of histories, T targets, C candidates, P platforms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +67,15 @@ class Recommender(nn.Module):
         text_UH = self._text_vectors(batch, gather)
         vector_UD, bias_U = self.items(text_UH, table.row_U, table.platform_U, table.keep_id_U)
         scale = self.temperature(vector_UD.device)
-        shared = (vector_UD, scale, *_candidates(batch, vector_UD, bias_U))
+        candidates = _candidates(batch, vector_UD, bias_U)
         # An empty slice of each: a zero that ties everything to the graph on a rank without a target.
         loss_P = torch.zeros(len(batch.target_weight_P), device=vector_UD.device)
         for tensor in (vector_UD, bias_U, scale):
             loss_P = loss_P + tensor[:0].sum()
+        again = batch.recompute and len(batch.histories) > 1
         for chunk in batch.histories:
-            args = (chunk, batch, *shared)
-            loss_P = loss_P + (
-                recomputed(self._loss, *args) if batch.recompute and len(batch.histories) > 1 else self._loss(*args)
-            )
+            user_TD = recomputed(self._users, chunk, vector_UD) if again else self._users(chunk, vector_UD)
+            loss_P = loss_P + user_TD[:0].sum() + self._loss(user_TD, chunk, batch, scale, candidates)
         return loss_P
 
     def _text_vectors(self, batch: StepBatch, gather: Gather) -> Tensor:
@@ -109,44 +108,43 @@ class Recommender(nn.Module):
         vector_NH: Tensor = self.memory(row_N)
         return vector_NH
 
+    def _users(self, chunk: Histories, vector_UD: Tensor) -> Tensor:
+        """[T, D] user vectors of one micro-batch's targets, those of a block together."""
+        item_ZD = F.embedding(chunk.item_Z, vector_UD)
+        at_T = torch.cat([chunk.item_Z[:0], *(targets.at_T for targets in chunk.targets)])
+        user_TD: Tensor = self.user(item_ZD, chunk.event_Z, chunk.platform_B, chunk.shapes, at_T)
+        return unit(user_TD) if self.objective.normalize else user_TD
+
     def _loss(
         self,
+        user_TD: Tensor,
         chunk: Histories,
         batch: StepBatch,
-        vector_UD: Tensor,
         scale: Tensor,
-        candidates: Mapping[int, Tensor],
-        biases: Mapping[int, Tensor],
+        candidates: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """[P] loss sums of one chunk of histories, from vectors [C, D] and biases [C] of every block's candidates."""
-        at_T = (chunk.weight_BL > 0).flatten().nonzero()[:, 0]
-        history_T = at_T // chunk.weight_BL.shape[1]
-        item_BLD = F.embedding(chunk.item_BL, vector_UD)
-        user_TD: Tensor = self.user(item_BLD, chunk.event_BL, chunk.platform_B, at_T)
-        if self.objective.normalize:
-            user_TD = unit(user_TD)
-        target_T, weight_T = chunk.target_BL.flatten()[at_T], chunk.weight_BL.flatten()[at_T].float()
-        lift_T = chunk.lift_BL.flatten()[at_T]
-        block_T = chunk.block_B[history_T]
-        loss_P = torch.zeros(len(batch.target_weight_P), device=user_TD.device) + user_TD[:0].sum()
-        for index in torch.unique(block_T).tolist():
-            block = batch.blocks[index]
-            here = (block_T == index).nonzero()[:, 0]
-            place_U = torch.full_like(batch.table.row_U, -1)
-            place_U[block.candidate_C] = torch.arange(len(block.candidate_C), device=place_U.device)
-            nll_T = info_nce(
-                user_TD[here],
-                candidates[index],
-                place_U[target_T[here]],
+        """[P] loss sums of one micro-batch, from vectors [C, D] and biases [C] of every block's candidates."""
+        users = torch.split(user_TD, [len(targets.at_T) for targets in chunk.targets])
+        low = any(weight.dtype == torch.bfloat16 for weight in self.user.parameters())
+        losses: list[list[Tensor]] = [[user_TD.new_zeros(())] for _ in batch.target_weight_P]
+        for block, targets, own_TD, (vector_CD, bias_C) in zip(
+            batch.blocks, chunk.targets, users, candidates, strict=True
+        ):
+            loss = info_nce(
+                own_TD,
+                vector_CD,
+                targets.place_T,
+                targets.weight_T,
                 scale=scale,
-                bias_C=biases[index],
+                bias_C=bias_C,
                 log_q_C=block.log_q_C if self.objective.logq else None,
-                offset_TC=None if block.lift_DC is None else block.lift_DC[lift_T[here]],
-                group_C=batch.table.text_group_U[block.candidate_C],
+                lift_AC=block.lift_DC,
+                lift_T=targets.lift_T,
+                twin_S2=targets.twin_S2,
+                low=low,
             )
-            platform = torch.tensor([block.platform], device=user_TD.device)
-            loss_P = loss_P.index_add(0, platform, (nll_T * weight_T[here]).sum()[None])
-        return loss_P
+            losses[block.platform].append(loss)
+        return torch.stack([torch.stack(own).sum() for own in losses])
 
     @torch.no_grad()
     def encode_texts(self, ids_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -182,15 +180,14 @@ class Recommender(nn.Module):
         return 1.0 / float(self.temperature(torch.device("cpu")))
 
 
-def _candidates(batch: StepBatch, vector_UD: Tensor, bias_U: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Vectors [C, D] and biases [C] of the candidates of each block that this rank has a history in, by its number.
+def _candidates(batch: StepBatch, vector_UD: Tensor, bias_U: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Vectors [C, D] and biases [C] of each block's candidates.
 
     They are gathered at once: each gather costs the backward pass a gradient of all items. `embedding` sums that of a
     row in several blocks in a fixed order, on CUDA too.
     """
-    blocks = torch.cat([vector_UD.new_empty(0, dtype=torch.int64), *(chunk.block_B for chunk in batch.histories)])
-    numbers = torch.unique(blocks).tolist()
-    sizes = [len(batch.blocks[number].candidate_C) for number in numbers]
-    row_C = torch.cat([batch.table.row_U[:0], *(batch.blocks[number].candidate_C for number in numbers)])
-    vectors, biases = torch.split(F.embedding(row_C, vector_UD), sizes), torch.split(bias_U[row_C], sizes)
-    return dict(zip(numbers, vectors, strict=True)), dict(zip(numbers, biases, strict=True))
+    sizes = [len(block.candidate_C) for block in batch.blocks]
+    row_C = torch.cat([batch.table.row_U[:0], *(block.candidate_C for block in batch.blocks)])
+    vectors = torch.split(F.embedding(row_C, vector_UD), sizes)
+    biases = torch.split(F.embedding(row_C, bias_U[:, None])[:, 0], sizes)
+    return list(zip(vectors, biases, strict=True))

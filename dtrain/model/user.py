@@ -4,14 +4,14 @@ Order enters attention only, as a learned bias for each distance between two pos
 penalty (Press et al. 2022). It depends on no absolute position, so that a window cut from the middle of a history
 means the same as one from its beginning, and what was learned at one position holds at every other.
 
-Legend: B histories, L positions, Q query positions (L, or 1: the last), T selected positions, D vector size,
-A attention heads, P platforms.
+Legend: B histories, L positions, Z cells of histories end to end, Q query positions (all cells, or one a history), T
+selected cells, D vector size, A attention heads, P platforms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,35 +44,43 @@ class UserEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.adapter = PlatformAdapters(platforms, dim, config.adapter.rank) if config.adapter.enabled else None
 
-    def forward(self, item_BLD: Tensor, event_BL: Tensor, platform_B: Tensor, at_T: Tensor) -> Tensor:
-        """User vectors [T, D] (fp32) after the flat positions `at_T` (b * L + t) of left-aligned histories.
+    def forward(
+        self, item_ZD: Tensor, event_Z: Tensor, platform_B: Tensor, shapes: Sequence[tuple[int, int]], at_T: Tensor
+    ) -> Tensor:
+        """User vectors [T, D] (fp32) after the cells `at_T` of left-aligned histories.
 
-        Position t sees positions 0 to t, so padding on the right needs no mask. Raises ConfigError when L exceeds
-        `user.max_positions`.
+        Histories of like length are a bucket, of `shapes` (histories, positions), and the cells of all of them lie end
+        to end. Position t sees positions 0 to t, so padding on the right needs no mask. Raises ConfigError when a
+        bucket's positions exceed `user.max_positions`.
         """
-        hidden_BLD = self._embed(item_BLD, event_BL, platform_B)
+        platform_Z = platform_B.repeat_interleave(_per_history(shapes, platform_B.device))
+        hidden_ZD = self._embed(item_ZD, event_Z, platform_Z, shapes)
         for block in self.blocks:
-            hidden_BLD = block(hidden_BLD, platform_B)
-        return self._head(hidden_BLD.flatten(0, 1)[at_T], platform_B[at_T // item_BLD.shape[1]])
+            hidden_ZD = block(hidden_ZD, platform_B, shapes)
+        return self._head(F.embedding(at_T, hidden_ZD), platform_Z[at_T])
 
     def last(self, item_BLD: Tensor, event_BL: Tensor, mask_BL: Tensor, platform_B: Tensor) -> Tensor:
         """User vectors [B, D] (fp32) after each history's last real position; the top block runs only there."""
-        hidden_BLD = self._embed(item_BLD, event_BL, platform_B)
+        rows, length = mask_BL.shape
+        shapes = [(rows, length)]
+        platform_Z = platform_B.repeat_interleave(length)
+        hidden_ZD = self._embed(item_BLD.flatten(0, 1), event_BL.flatten(), platform_Z, shapes)
         last_B = (mask_BL.sum(1) - 1).clamp(min=0)
         *lower, top = self.blocks
         for block in lower:
-            hidden_BLD = block(hidden_BLD, platform_B)
-        return self._head(top(hidden_BLD, platform_B, last_B)[:, 0], platform_B)
+            hidden_ZD = block(hidden_ZD, platform_B, shapes)
+        return self._head(top(hidden_ZD, platform_B, shapes, last_B), platform_B)
 
-    def _embed(self, item_BLD: Tensor, event_BL: Tensor, platform_B: Tensor) -> Tensor:
-        if item_BLD.shape[1] > self.max_positions:
+    def _embed(self, item_ZD: Tensor, event_Z: Tensor, platform_Z: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        longest = max(length for _, length in shapes)
+        if longest > self.max_positions:
             raise ConfigError(
-                f"a history of {item_BLD.shape[1]} items exceeds user.max_positions={self.max_positions}; "
+                f"a history of {longest} items exceeds user.max_positions={self.max_positions}; "
                 "cut histories there or raise it"
             )
-        event_BLD = self.event(event_BL + self.event_offset_P[platform_B, None])
-        embedded_BLD: Tensor = self.dropout(item_BLD.to(event_BLD.dtype) * self.scale + event_BLD)
-        return embedded_BLD
+        event_ZD = self.event(event_Z + self.event_offset_P[platform_Z])
+        embedded_ZD: Tensor = self.dropout(item_ZD.to(event_ZD.dtype) * self.scale + event_ZD)
+        return embedded_ZD
 
     def _head(self, hidden_TD: Tensor, platform_T: Tensor) -> Tensor:
         user_TD: Tensor = self.norm(hidden_TD).float()
@@ -86,13 +94,16 @@ class LastItem(nn.Module):
         super().__init__()
         self.max_positions = config.user.max_positions
 
-    def forward(self, item_BLD: Tensor, event_BL: Tensor, platform_B: Tensor, at_T: Tensor) -> Tensor:
+    def forward(
+        self, item_ZD: Tensor, event_Z: Tensor, platform_B: Tensor, shapes: Sequence[tuple[int, int]], at_T: Tensor
+    ) -> Tensor:
         """See `UserEncoder.forward`."""
-        return item_BLD.flatten(0, 1)[at_T].float()
+        return F.embedding(at_T, item_ZD).float()
 
     def last(self, item_BLD: Tensor, event_BL: Tensor, mask_BL: Tensor, platform_B: Tensor) -> Tensor:
         """See `UserEncoder.last`."""
-        return _at(item_BLD, (mask_BL.sum(1) - 1).clamp(min=0))[:, 0].float()
+        last_B = (mask_BL.sum(1) - 1).clamp(min=0)
+        return item_BLD[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
 
 class _Block(nn.Module):
@@ -105,13 +116,15 @@ class _Block(nn.Module):
         self.widen, self.narrow = Linear(dim, config.feedforward), Linear(config.feedforward, dim)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, platform_B: Tensor, last_B: Tensor | None = None) -> Tensor:
-        """[B, L, D], or [B, 1, D] of position `last_B` alone."""
-        update_BQD = self.attention(self.norm_attention(x_BLD), platform_B, last_B)
-        x_BQD = x_BLD if last_B is None else _at(x_BLD, last_B)
-        x_BQD = x_BQD + self.dropout(update_BQD)
-        update_BQD = self.narrow(F.gelu(self.widen(self.norm_feedforward(x_BQD))))
-        return x_BQD + self.dropout(update_BQD)  # type: ignore[no-any-return]
+    def forward(
+        self, x_ZD: Tensor, platform_B: Tensor, shapes: Sequence[tuple[int, int]], last_B: Tensor | None = None
+    ) -> Tensor:
+        """[Z, D], or [B, D] of position `last_B` of each history of a single bucket."""
+        update_QD = self.attention(self.norm_attention(x_ZD), platform_B, shapes, last_B)
+        x_QD = x_ZD if last_B is None else x_ZD[_cells(shapes, last_B)]
+        x_QD = x_QD + self.dropout(update_QD)
+        update_QD = self.narrow(F.gelu(self.widen(self.norm_feedforward(x_QD))))
+        return x_QD + self.dropout(update_QD)  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -131,35 +144,58 @@ class _Attention(nn.Module):
         with torch.no_grad():
             self.distance.weight.copy_(penalty_LA.repeat(platforms, 1))
 
-    def forward(self, x_BLD: Tensor, platform_B: Tensor, last_B: Tensor | None) -> Tensor:
-        query_BAQD = self._split(self.query(x_BLD if last_B is None else _at(x_BLD, last_B)))
-        key_BLD, value_BLD = self.key_value(x_BLD).chunk(2, dim=-1)
-        key_BALD, value_BALD = self._split(key_BLD), self._split(value_BLD)
-        query_BAQD = query_BAQD / math.sqrt(key_BALD.shape[-1])
-        logits_BAQL = (query_BAQD @ key_BALD.transpose(-1, -2)).float()
-        weight_BAQL = (logits_BAQL + self._bias(x_BLD.shape[1], platform_B, last_B)).softmax(-1)
-        weight_BAQL = self.dropout(weight_BAQL.to(value_BALD.dtype))
-        mixed_BQD = (weight_BAQL @ value_BALD).transpose(1, 2).flatten(2)
-        out_BQD: Tensor = self.out(mixed_BQD)
-        return out_BQD
+    def forward(
+        self, x_ZD: Tensor, platform_B: Tensor, shapes: Sequence[tuple[int, int]], last_B: Tensor | None
+    ) -> Tensor:
+        query_QD = self.query(x_ZD if last_B is None else x_ZD[_cells(shapes, last_B)])
+        query_QD = query_QD / math.sqrt(query_QD.shape[-1] // self.heads)
+        queries = [rows * length if last_B is None else rows for rows, length in shapes]
+        mixed = [
+            self._attend(query, key_value, bias)
+            for query, key_value, bias in zip(
+                torch.split(query_QD, queries),
+                torch.split(self.key_value(x_ZD), [rows * length for rows, length in shapes]),
+                self._biases(platform_B, shapes, last_B),
+                strict=True,
+            )
+        ]
+        out_QD: Tensor = self.out(torch.cat(mixed))
+        return out_QD
 
-    def _bias(self, length: int, platform_B: Tensor, last_B: Tensor | None) -> Tensor:
-        """[B, A, Q, L] fp32: the bias of each distance, -inf for the future."""
-        position_L = torch.arange(length, device=platform_B.device)
+    def _attend(self, query_QD: Tensor, key_value_ZD: Tensor, bias_BAQL: Tensor) -> Tensor:
+        """[Q, D] of one bucket; its shape is that of the bias."""
+        rows, heads, queries, length = bias_BAQL.shape
+        query_BAQD = query_QD.view(rows, queries, heads, -1).transpose(1, 2)
+        key_BALD, value_BALD = key_value_ZD.view(rows, length, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        logits_BAQL = (query_BAQD @ key_BALD.transpose(-1, -2)).float()
+        weight_BAQL = self.dropout((logits_BAQL + bias_BAQL).softmax(-1).to(value_BALD.dtype))
+        mixed_QD: Tensor = (weight_BAQL @ value_BALD).transpose(1, 2).reshape(rows * queries, -1)
+        return mixed_QD
+
+    def _biases(self, platform_B: Tensor, shapes: Sequence[tuple[int, int]], last_B: Tensor | None) -> Iterator[Tensor]:
+        """[B, A, Q, L] fp32 of each bucket: the bias of each distance, -inf for the future."""
+        longest = max(length for _, length in shapes)
+        position_L = torch.arange(longest, device=platform_B.device)
         if last_B is not None:
             distance_BL = last_B[:, None] - position_L
             bias_BLA: Tensor = self.distance(platform_B[:, None] * self.reach + distance_BL.clamp(min=0)).float()
-            return bias_BLA.masked_fill(distance_BL[:, :, None] < 0, float("-inf")).transpose(1, 2)[:, :, None]
+            yield bias_BLA.masked_fill(distance_BL[:, :, None] < 0, float("-inf")).transpose(1, 2)[:, :, None]
+            return
         distance_LL = position_L[:, None] - position_L
         platform_P11 = torch.arange(self.platforms, device=platform_B.device)[:, None, None]
         bias_PLLA: Tensor = self.distance(platform_P11 * self.reach + distance_LL.clamp(min=0)).float()
         bias_PALL = bias_PLLA.permute(0, 3, 1, 2).masked_fill(distance_LL < 0, float("-inf"))
-        return bias_PALL.index_select(0, platform_B)
-
-    def _split(self, x_BLD: Tensor) -> Tensor:
-        batch, length, dim = x_BLD.shape
-        return x_BLD.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+        for (_, length), platform_b in zip(shapes, torch.split(platform_B, [rows for rows, _ in shapes]), strict=True):
+            yield bias_PALL[:, :, :length, :length].index_select(0, platform_b)
 
 
-def _at(x_BLD: Tensor, last_B: Tensor) -> Tensor:
-    return x_BLD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
+def _per_history(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """int64 [B]: the cells of each history."""
+    rows, lengths = torch.tensor(shapes, device=device).unbind(1)
+    return lengths.repeat_interleave(rows)
+
+
+def _cells(shapes: Sequence[tuple[int, int]], last_B: Tensor) -> Tensor:
+    """The cells of position `last_B` of each history of a single bucket."""
+    ((_, length),) = shapes
+    return torch.arange(len(last_B), device=last_B.device) * length + last_B
