@@ -15,7 +15,7 @@ class BatchConfig:
 
     accumulation: int = 1  # micro-batches that a rank cuts its share of a step into
     text_buckets: int = 8  # length classes of a micro-batch's texts, each padded to its own longest
-    history_buckets: int = 4  # length classes of a micro-batch's histories, each padded to its own longest
+    history_buckets: int = 8  # length classes of a micro-batch's histories, each padded to its own longest
     text_tokens: int = 32  # most tokens of an item's text, special tokens included
     fresh_items: int | None = None  # items of a step that are encoded with gradient, over all ranks; null: all of them
     id_dropout: float = 0.1  # share of a step's items that are shown without their id vector, 0..1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.core.errors import ConfigError
@@ -121,7 +122,7 @@ class Memory(Exact):
 
     def forward(self, row_N: Tensor) -> Tensor:
         """Remembered vectors [N, H] of global item rows."""
-        return self.vector_IH[row_N]
+        return F.embedding(row_N, self.vector_IH)
 
     @torch.no_grad()
     def write(self, row_N: Tensor, vector_NH: Tensor) -> None:

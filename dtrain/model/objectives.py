@@ -73,26 +73,29 @@ class _Contrast(torch.autograd.Function):
         twin_S2: Tensor | None,
         low: bool,
     ) -> Tensor:
-        count, rows = (
-            len(query_TD),
-            max(16, _LOGITS.get(query_TD.device.type, _MOST_LOGITS) // max(1, len(candidate_CD))),
-        )
+        count, most = len(query_TD), _LOGITS.get(query_TD.device.type, _MOST_LOGITS)
+        rows = max(16, most // max(1, len(candidate_CD)))
         starts = range(0, count, rows)
         wanted = any(ctx.needs_input_grad)
         narrow = torch.bfloat16 if low else torch.float32
         narrow_CD = candidate_CD.to(narrow)
-        loss = torch.zeros((), device=query_TD.device)
+        # Of one size whatever the block: memory that comes and goes in many sizes is soon in pieces.
+        size = max(most, rows * len(candidate_CD))
+        held = [query_TD.new_empty(size, dtype=dtype) for dtype in (torch.float32, torch.float32, narrow)]
+        loss = query_TD.new_zeros(())
         grad_TD, grad_CD, grad_C = (torch.zeros_like(x) for x in (query_TD, candidate_CD, bias_C))
         twins = _cut(twin_S2, starts)
         for number, start in enumerate(starts):
             part = slice(start, min(start + rows, count))
             place_t, weight_t = target_T[part], weight_T[part]
-            logit_tC = torch.addmm(bias_C, query_TD[part], candidate_CD.T)
+            shape = (len(place_t), len(candidate_CD))
+            logit_tC, share_tC, narrow_tC = (memory[: shape[0] * shape[1]].view(shape) for memory in held)
+            torch.addmm(bias_C, query_TD[part], candidate_CD.T, out=logit_tC)
             if lift_AC is not None and lift_T is not None:
-                logit_tC += lift_AC[lift_T[part]]
+                logit_tC += torch.index_select(lift_AC, 0, lift_T[part], out=share_tC)
             if twins:
                 logit_tC[twins[number][:, 0] - start, twins[number][:, 1]] = float("-inf")
-            share_tC = logit_tC.softmax(1)
+            torch.softmax(logit_tC, 1, out=share_tC)
             # The largest share is never too small for a float, as a target's may be.
             total_t = logit_tC.amax(1) - share_tC.amax(1).log_()
             loss += (total_t - logit_tC.gather(1, place_t[:, None])[:, 0]) @ weight_t
@@ -103,7 +106,7 @@ class _Contrast(torch.autograd.Function):
             one_tD = torch.cat([weighted_tD, weight_t[:, None]], 1)
             one_CD = torch.ops.aten.embedding_dense_backward(one_tD, place_t, len(candidate_CD), -1, False)
             grad_C += share_tC.T @ weight_t - one_CD[:, -1]
-            narrow_tC = share_tC.to(narrow)
+            narrow_tC.copy_(share_tC)
             grad_CD += narrow_tC.T @ weighted_tD.to(narrow)
             grad_CD -= one_CD[:, :-1]
             grad_TD[part] = ((narrow_tC @ narrow_CD).float() - F.embedding(place_t, candidate_CD)) * weight_t[:, None]
