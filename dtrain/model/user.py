@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dtrain.core.errors import ConfigError
 from dtrain.model.config import ModelConfig, UserConfig
-from dtrain.model.dropout import Dropout
+from dtrain.model.dropout import Dropout, dropped
 from dtrain.model.layers import Linear, PlatformAdapters
 
 __all__ = ["LastItem", "UserEncoder"]
@@ -135,7 +135,8 @@ class _Attention(nn.Module):
         self.heads = config.heads
         self.query, self.key_value = Linear(dim, dim), Linear(dim, 2 * dim)
         self.out = Linear(dim, dim)
-        self.dropout = Dropout(config.dropout)
+        # No module: ranks have unequally many buckets, and ZeRO-3 wants all of them to call the same modules.
+        self.dropout = config.dropout
         # Slopes from 1 (the near past only) to 1/64 (almost all of it alike), as measured best on MovieLens-100K.
         slope_A = 2.0 ** -torch.linspace(0, 6, config.heads)
         penalty_LA = -torch.arange(config.max_positions)[:, None] * slope_A
@@ -168,7 +169,9 @@ class _Attention(nn.Module):
         query_BAQD = query_QD.view(rows, queries, heads, -1).transpose(1, 2)
         key_BALD, value_BALD = key_value_ZD.view(rows, length, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind()
         logits_BAQL = (query_BAQD @ key_BALD.transpose(-1, -2)).float()
-        weight_BAQL = self.dropout((logits_BAQL + bias_BAQL).softmax(-1).to(value_BALD.dtype))
+        weight_BAQL = (logits_BAQL + bias_BAQL).softmax(-1).to(value_BALD.dtype)
+        if self.training:
+            weight_BAQL = dropped(weight_BAQL, self.dropout)
         mixed_QD: Tensor = (weight_BAQL @ value_BALD).transpose(1, 2).reshape(rows * queries, -1)
         return mixed_QD
 

@@ -73,6 +73,9 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start
     try:
         with connect(world, timeout_s=config.dist.timeout_s) as comm:
             folder.start_id = comm.gather_json(folder.start_id)[0]
+            # A rank that is told to stop tells the others through the folder, which takes the start's id. None goes on,
+            # perhaps to where it would not notice that another one has gone, before all have it.
+            comm.barrier()
             log.info("start %s of %s on %d ranks", folder.start_id, config.run, world.size)
             return _run(config, comm, folder, stop, start)
     except Exception as error:
