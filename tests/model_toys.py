@@ -44,6 +44,7 @@ def toy_model(
     dim: int = 16,
     memory: bool = True,
     item_bias: bool = True,
+    dropout: float = 0.0,
     freeze: FreezeConfig | None = None,
     objective: ObjectiveConfig | None = None,
     seed: int = 1,
@@ -53,7 +54,7 @@ def toy_model(
         dim=dim,
         memory=memory,
         item_bias=item_bias,
-        user=UserConfig(layers=2, heads=2, feedforward=32, dropout=0.0, max_positions=8),
+        user=UserConfig(layers=2, heads=2, feedforward=32, dropout=dropout, max_positions=8),
         adapter=AdapterConfig(rank=4),
         freeze=freeze or FreezeConfig(),
     )

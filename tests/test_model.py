@@ -97,6 +97,20 @@ def test_chunks_keep_one_chunks_activations(model: Recommender) -> None:
     whole = kept(dataclasses.replace(batch, histories=()))
     # Two chunks are recomputed, so far less is kept than by one chunk that is not, although they hold the same texts.
     assert kept(dataclasses.replace(toy_batch(SAMPLES, negatives=NEGATIVES, text_chunks=2), histories=())) < whole / 3
+    many = toy_batch(SAMPLES * 40, negatives=NEGATIVES, fresh=[], history_chunks=4)
+    assert kept(many) < kept(dataclasses.replace(many, recompute=False)) / 3
+
+
+def test_what_is_computed_again_drops_out_the_same(tiny_encoder: Path) -> None:
+    model = shaken(toy_model(tiny_encoder, dropout=0.5))
+    batch = toy_batch(SAMPLES, negatives=NEGATIVES, history_chunks=3)
+    found = []
+    for recompute in (True, False, False):
+        torch.manual_seed(len(found) // 2)
+        found.append(gradients(model, dataclasses.replace(batch, recompute=recompute))[1])
+    for name, grad in found[1].items():
+        torch.testing.assert_close(found[0][name], grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert not torch.allclose(found[2]["user.blocks.0.widen.weight"], found[1]["user.blocks.0.widen.weight"])
 
 
 def test_an_item_in_many_histories_is_encoded_once(model: Recommender) -> None:

@@ -15,14 +15,14 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 
 from dtrain.core.config import load_config, to_dict
 from dtrain.core.errors import ConfigError
-from dtrain.data.batch import PairBatch, Pairs
+from dtrain.data.batch import ItemTexts, PairBatch, Pairs
 from dtrain.model import objectives
 from dtrain.model.build import build_cross_encoder, describe, parameter_roles, train_flops_per_token
 from dtrain.model.config import AdapterConfig, EncoderConfig, FreezeConfig, ModelConfig, UserConfig
 from dtrain.model.cross import CrossEncoder
 from dtrain.model.encoder import Encoder
 from dtrain.model.items import ItemTower, Standardize
-from dtrain.model.layers import PlatformAdapters, Temperature
+from dtrain.model.layers import PlatformAdapters, Temperature, recomputed
 from dtrain.model.objectives import info_nce, pointwise_bce
 from dtrain.model.user import LastItem, UserEncoder
 from tests.model_toys import tokens, toy_model
@@ -106,6 +106,21 @@ def test_info_nce_has_the_gradients_of_the_plain_formula(
         assert float((got - wanted).norm() / wanted.norm()) < (5e-3 if low else 1e-5)
 
 
+def test_info_nce_in_bf16_has_the_gradients_of_targets_that_are_all_but_certain() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = F.normalize(torch.randn(64, 32, generator=generator), dim=1)
+    near = F.normalize(items + 0.05 * torch.randn(64, 32, generator=generator), dim=1)
+    found = []
+    for low in (False, True):
+        query = near.clone().requires_grad_()
+        loss = info_nce(query, items, torch.arange(64), torch.ones(64), scale=20.0, low=low)
+        loss.backward()
+        assert loss.item() / 64 < 0.01
+        assert query.grad is not None
+        found.append(query.grad)
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.01
+
+
 def test_info_nce_keeps_nothing_of_the_size_of_its_logits() -> None:
     kept: list[int] = []
     query, items = torch.randn(500, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
@@ -131,6 +146,14 @@ def test_adapters_take_platforms_in_any_order() -> None:
         torch.testing.assert_close(out[row], adapters(x[row : row + 1], torch.tensor([p]))[0])
     assert not torch.allclose(out, adapters(x, torch.zeros(5, dtype=torch.int64)))
     assert adapters(x[:0], platform[:0]).shape == (0, 4)
+
+
+def test_what_is_computed_again_is_shown_the_tensors_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda _, *args, **more: shown.extend(args))
+    texts = ItemTexts(ids_NT=torch.zeros(1, 2), mask_NT=torch.ones(1, 2))
+    recomputed(len, (texts, 3))
+    assert [float(tensor.sum()) for tensor in shown] == [0, 2]
 
 
 def test_temperature_is_bounded_and_comes_back() -> None:

@@ -121,16 +121,18 @@ class BaseEngine(abc.ABC):
     def train_step(self, batch: StepInput) -> StepResult:
         """See `Engine.train_step`. A loss that is not finite is sent backward as NaN, so that there is one way to skip.
 
-        (Leaving out the backward pass instead would leave ZeRO-3 with parameters in flight.)
+        (Leaving out the backward pass instead would leave ZeRO-3 with parameters in flight.) Where it is so on one rank
+        alone, all learn of it from the sum of the gradients: between forward and backward nobody waits for anybody.
         """
         lr = set_lr(self.inner, self._setup.schedule.lr_factor(self._steps))
         weight_P = batch.target_weight_P.cpu().numpy().astype(np.float64)
         total = float(weight_P.sum())
         loss_P = self._forward(to_device(batch, self._comm.device))
-        sums_P = self._comm.sum(loss_P.detach().double().cpu().numpy())
-        finite = bool(np.isfinite(sums_P).all()) and total > 0
-        norm = self._update(loss_P.sum() * (1 / total if finite else math.nan))
-        skipped = not (finite and math.isfinite(norm))
+        own_P = loss_P.detach()
+        factor = torch.where(own_P.isfinite().all(), 1 / total if total > 0 else math.nan, math.nan)
+        norm = self._update(loss_P.sum() * factor)
+        sums_P = self._comm.sum(own_P.double().cpu().numpy())
+        skipped = not (np.isfinite(sums_P).all() and total > 0 and math.isfinite(norm))
         self._steps += 1
         self._skipped += skipped
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -120,8 +120,9 @@ class Memory(Exact):
         super().__init__()
         self.register_buffer("vector_IH", torch.zeros(items, hidden))
 
-    def forward(self, row_N: Tensor) -> Tensor:
-        """Remembered vectors [N, H] of global item rows."""
+    def read(self, row_N: Tensor) -> Tensor:
+        """Remembered vectors [N, H] of global item rows. (No `forward`: ranks that read nothing must call the same
+        modules, see docs/model.md.)"""
         return F.embedding(row_N, self.vector_IH)
 
     @torch.no_grad()

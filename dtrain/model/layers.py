@@ -8,8 +8,9 @@ Legend: N rows, D vector size, R adapter rank, P platforms.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,25 @@ def unit(x_ND: Tensor) -> Tensor:
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)` whose activations are made again in backward instead of being kept."""
-    result: Tensor = torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+    """`function(*args)` whose activations are made again in backward instead of being kept.
+
+    Random numbers are drawn again as they were, on the devices of the tensors that torch sees among the arguments. It
+    sees none within dataclasses, so it is shown them.
+    """
+    result: Tensor = torch.utils.checkpoint.checkpoint(lambda *_: function(*args), *_tensors(args), use_reentrant=False)
     return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, through tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 def loss_sums(loss: Callable[..., Tensor], parts: Sequence[Any], platforms: int, *, recompute: bool) -> Tensor:

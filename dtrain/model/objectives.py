@@ -42,7 +42,7 @@ def info_nce(
     gradient.
 
     The logits are fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats. The products
-    that make gradients of them are bf16 if `low`, which changes gradients by 0.04 %.
+    that make gradients of them are bf16 if `low`, which changes gradients by about 0.1 %.
 
     A step's logits are its largest tensor, so they are made in parts, and gradients with them (as Liger Kernel's
     linear cross-entropy does, Hsu et al. 2024, arXiv:2410.10989): nothing of size T x C outlives the call.
@@ -101,15 +101,18 @@ class _Contrast(torch.autograd.Function):
             loss += (total_t - logit_tC.gather(1, place_t[:, None])[:, 0]) @ weight_t
             if not wanted:
                 continue
-            # The gradient of a logit is its share, less 1 for the target: those are taken off apart, which is exact.
-            weighted_tD = query_TD[part] * weight_t[:, None]
-            one_tD = torch.cat([weighted_tD, weight_t[:, None]], 1)
-            one_CD = torch.ops.aten.embedding_dense_backward(one_tD, place_t, len(candidate_CD), -1, False)
-            grad_C += share_tC.T @ weight_t - one_CD[:, -1]
+            # The gradient of a logit is its share, less 1 for the target. That difference is taken in fp32, apart from
+            # the rest: where the target is all but certain, rounded numbers would leave nothing of it but their error.
+            own_t = weight_t * (1 - share_tC.gather(1, place_t[:, None])[:, 0])
+            share_tC.scatter_(1, place_t[:, None], 0)
             narrow_tC.copy_(share_tC)
-            grad_CD += narrow_tC.T @ weighted_tD.to(narrow)
-            grad_CD -= one_CD[:, :-1]
-            grad_TD[part] = ((narrow_tC @ narrow_CD).float() - F.embedding(place_t, candidate_CD)) * weight_t[:, None]
+            own_tD = torch.cat([query_TD[part], torch.ones_like(own_t)[:, None]], 1) * own_t[:, None]
+            own_CD = torch.ops.aten.embedding_dense_backward(own_tD, place_t, len(candidate_CD), -1, False)
+            grad_C += share_tC.T @ weight_t - own_CD[:, -1]
+            grad_CD += narrow_tC.T @ (query_TD[part] * weight_t[:, None]).to(narrow)
+            grad_CD -= own_CD[:, :-1]
+            torch.mul((narrow_tC @ narrow_CD).float(), weight_t[:, None], out=grad_TD[part])
+            grad_TD[part] -= F.embedding(place_t, candidate_CD) * own_t[:, None]
         ctx.save_for_backward(grad_TD, grad_CD, grad_C)
         return loss
 

@@ -105,8 +105,7 @@ class Recommender(nn.Module):
                 f"model.memory=false, but {int((table.fresh_U < 0).sum())} items of a step are not encoded in it; "
                 "set model.memory=true or encode every item of every step"
             )
-        vector_NH: Tensor = self.memory(row_N)
-        return vector_NH
+        return self.memory.read(row_N)
 
     def _users(self, chunk: Histories, vector_UD: Tensor) -> Tensor:
         """[T, D] user vectors of one micro-batch's targets, those of a block together."""
@@ -130,6 +129,8 @@ class Recommender(nn.Module):
         for block, targets, own_TD, (vector_CD, bias_C) in zip(
             batch.blocks, chunk.targets, users, candidates, strict=True
         ):
+            if not len(targets.at_T):
+                continue  # a gradient of all of the block's candidates would be kept for nothing
             loss = info_nce(
                 own_TD,
                 vector_CD,

@@ -53,7 +53,8 @@ class UserEncoder(nn.Module):
         to end. Position t sees positions 0 to t, so padding on the right needs no mask. Raises ConfigError when a
         bucket's positions exceed `user.max_positions`.
         """
-        platform_Z = platform_B.repeat_interleave(_per_history(shapes, platform_B.device))
+        cells_B = _cells_of(shapes).to(platform_B.device, non_blocking=True)
+        platform_Z = platform_B.repeat_interleave(cells_B, output_size=len(item_ZD))
         hidden_ZD = self._embed(item_ZD, event_Z, platform_Z, shapes)
         for block in self.blocks:
             hidden_ZD = block(hidden_ZD, platform_B, shapes)
@@ -166,13 +167,14 @@ class _Attention(nn.Module):
     def _attend(self, query_QD: Tensor, key_value_ZD: Tensor, bias_BAQL: Tensor) -> Tensor:
         """[Q, D] of one bucket; its shape is that of the bias."""
         rows, heads, queries, length = bias_BAQL.shape
-        query_BAQD = query_QD.view(rows, queries, heads, -1).transpose(1, 2)
-        key_BALD, value_BALD = key_value_ZD.view(rows, length, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        size = query_QD.shape[1] // heads
+        query_BAQD = query_QD.view(rows, queries, heads, size).transpose(1, 2)
+        key_BALD, value_BALD = key_value_ZD.view(rows, length, 2, heads, size).permute(2, 0, 3, 1, 4).unbind()
         logits_BAQL = (query_BAQD @ key_BALD.transpose(-1, -2)).float()
         weight_BAQL = (logits_BAQL + bias_BAQL).softmax(-1).to(value_BALD.dtype)
         if self.training:
             weight_BAQL = dropped(weight_BAQL, self.dropout)
-        mixed_QD: Tensor = (weight_BAQL @ value_BALD).transpose(1, 2).reshape(rows * queries, -1)
+        mixed_QD: Tensor = (weight_BAQL @ value_BALD).transpose(1, 2).reshape(rows * queries, heads * size)
         return mixed_QD
 
     def _biases(self, platform_B: Tensor, shapes: Sequence[tuple[int, int]], last_B: Tensor | None) -> Iterator[Tensor]:
@@ -189,12 +191,14 @@ class _Attention(nn.Module):
         bias_PLLA: Tensor = self.distance(platform_P11 * self.reach + distance_LL.clamp(min=0)).float()
         bias_PALL = bias_PLLA.permute(0, 3, 1, 2).masked_fill(distance_LL < 0, float("-inf"))
         for (_, length), platform_b in zip(shapes, torch.split(platform_B, [rows for rows, _ in shapes]), strict=True):
-            yield bias_PALL[:, :, :length, :length].index_select(0, platform_b)
+            # `embedding` adds up gradients in a fixed order, on CUDA too.
+            near_PX = bias_PALL[:, :, :length, :length].flatten(1)
+            yield F.embedding(platform_b, near_PX).view(-1, self.heads, length, length)
 
 
-def _per_history(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """int64 [B]: the cells of each history."""
-    rows, lengths = torch.tensor(shapes, device=device).unbind(1)
+def _cells_of(shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """int64 [B]: how many cells each history has."""
+    rows, lengths = torch.tensor(shapes).unbind(1)
     return lengths.repeat_interleave(rows)
 
 
