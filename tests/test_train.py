@@ -158,6 +158,7 @@ def test_dry_run_tells_the_arithmetic_and_writes_nothing(tmp_path: Path, shops: 
         (["data.path=/nowhere"], 3, ["/nowhere", "dtrain prepare"]),
         (["model.encoder.name=/nowhere"], 2, ["/nowhere"]),
         (["plan.samples=0"], 2, ["plan.samples"]),
+        (["batch.accumulation=65", "plan.samples=64"], 2, ["batch.accumulation=65", "plan.samples=64", "lower it"]),
     ],
 )
 def test_a_bad_run_ends_with_its_reason(

@@ -141,6 +141,11 @@ class RunConfig:
                 f"batch.fresh_items={self.batch.fresh_items} takes the other items from memory; set model.memory=true "
                 "or batch.fresh_items=null"
             )
+        if self.batch.accumulation > self.plan.samples:
+            raise ConfigError(
+                f"batch.accumulation={self.batch.accumulation} cuts the plan.samples={self.plan.samples} samples of a "
+                "step into more micro-batches than there are samples; lower it"
+            )
 
     def completed(self) -> RunConfig:
         """With what one section takes from another filled in: the schedule spans the run."""
