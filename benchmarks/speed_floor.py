@@ -99,7 +99,7 @@ class TextStep(nn.Module):
         vector_NH = nn.functional.normalize(self.encoder(batch.ids_NT, batch.mask_NT), dim=1)
         first, second = vector_NH.chunk(2)
         own, weight = torch.arange(len(first), device=first.device), torch.ones_like(first[:, 0])
-        return info_nce(first, second, own, weight, scale=20.0)[None]
+        return info_nce(20.0 * first, second, own, weight)[None]
 
 
 def text_engine(encoder: EncoderConfig, engine: EngineConfig, comm: Comm) -> BaseEngine:

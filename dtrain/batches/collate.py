@@ -88,7 +88,7 @@ class Collator:
             fresh_row_F=self._pin(share.row_F),
             table=self._table(row_U, share.place_U[np.searchsorted(row_S, row_U)], plan.seed),
             histories=micro_batches(at, asked, config.accumulation, config.history_buckets, self._pin),
-            blocks=self._blocks(plan, own_H, pair_C, row_U, targets_G, lifts),
+            blocks=self._blocks(plan, own_H, pair_C, cut_H[1:], row_U, targets_G, lifts),
             target_weight_P=torch.from_numpy(target_weight_P),
             tokens=share.tokens,
             padded_tokens=sum(chunk.mask_NT.numel() for chunk in share.texts),
@@ -111,6 +111,7 @@ class Collator:
         plan: StepPlan,
         own_H: np.ndarray,
         pair_C: np.ndarray,
+        cuts: np.ndarray,
         row_U: np.ndarray,
         targets_G: np.ndarray,
         lifts: Sequence[np.ndarray | None],
@@ -121,7 +122,6 @@ class Collator:
         drawn_G = np.array([block.negatives_K.size for block in plan.blocks]) / np.diff(items.offset_P)[platform_G]
         log_q_C = log_inclusion(items.popularity_I[item_C], targets_G[block_C], drawn_G[block_C])
         place_C = np.searchsorted(row_U, item_C)
-        cuts = np.searchsorted(block_C, own_H[1:])
         return tuple(
             Block(
                 platform=plan.blocks[number].platform,

@@ -24,22 +24,18 @@ def info_nce(
     target_T: Tensor,
     weight_T: Tensor,
     *,
-    scale: Tensor | float = 1.0,
     bias_C: Tensor | None = None,
-    log_q_C: Tensor | None = None,
-    lift_AC: Tensor | None = None,
-    lift_T: Tensor | None = None,
+    lift: tuple[Tensor, Tensor] | None = None,
     twin_S2: Tensor | None = None,
     low: bool = False,
 ) -> Tensor:
     """The sum (fp32, nats) over all queries of `weight_T` * negative log likelihood of candidate `target_T`.
 
-    The logit of candidate c is `scale * query . candidate_c + bias_c + lift_ac - log_q_c` (InfoNCE, van den Oord et
-    al. 2018; `log_q_C`, the log probability that c is a candidate, corrects for sampling by popularity, Bengio &
-    Senecal 2008, Yi et al. 2019; it is subtracted from the target's logit too). Row a of `lift_AC` is the query's of
-    `lift_T`. `twin_S2` int64: (query, candidate) pairs by query, of candidates that are left out of the query's
-    denominator, never its target. Candidates must be distinct items. `weight_T`, `log_q_C` and `lift_AC` get no
-    gradient.
+    The logit of candidate c is `query . candidate_c + bias_c + lift_ac` (InfoNCE, van den Oord et al. 2018; a bias less
+    the log probability that c is a candidate corrects for sampling by popularity, Bengio & Senecal 2008, Yi et al.
+    2019, the target's logit too). `lift`: rows [A, C] and, int64 [T], which of them is a query's. `twin_S2` int64:
+    (query, candidate) pairs by query, of candidates that are left out of the query's denominator, never its target.
+    Candidates must be distinct items. `weight_T` and `lift` get no gradient.
 
     The logits are fp32 whatever the inputs and autocast are: at temperature 0.05 bf16 is off by 0.1 nats. The products
     that make gradients of them are bf16 if `low`, which changes gradients by about 0.1 %.
@@ -48,13 +44,9 @@ def info_nce(
     linear cross-entropy does, Hsu et al. 2024, arXiv:2410.10989): nothing of size T x C outlives the call.
     """
     with torch.autocast(query_TD.device.type, enabled=False):
-        if not isinstance(scale, Tensor):
-            scale = torch.full((1,), scale, device=query_TD.device)
         bias_C = torch.zeros_like(candidate_CD[:, 0], dtype=torch.float32) if bias_C is None else bias_C.float()
-        if log_q_C is not None:
-            bias_C = bias_C - log_q_C.float()
         loss: Tensor = _Contrast.apply(  # type: ignore[no-untyped-call]
-            query_TD.float() * scale, candidate_CD.float(), bias_C, target_T, weight_T, lift_AC, lift_T, twin_S2, low
+            query_TD.float(), candidate_CD.float(), bias_C, target_T, weight_T, lift, twin_S2, low
         )
         return loss
 
@@ -68,8 +60,7 @@ class _Contrast(torch.autograd.Function):
         bias_C: Tensor,
         target_T: Tensor,
         weight_T: Tensor,
-        lift_AC: Tensor | None,
-        lift_T: Tensor | None,
+        lift: tuple[Tensor, Tensor] | None,
         twin_S2: Tensor | None,
         low: bool,
     ) -> Tensor:
@@ -91,8 +82,8 @@ class _Contrast(torch.autograd.Function):
             shape = (len(place_t), len(candidate_CD))
             logit_tC, share_tC, narrow_tC = (memory[: shape[0] * shape[1]].view(shape) for memory in held)
             torch.addmm(bias_C, query_TD[part], candidate_CD.T, out=logit_tC)
-            if lift_AC is not None and lift_T is not None:
-                logit_tC += torch.index_select(lift_AC, 0, lift_T[part], out=share_tC)
+            if lift is not None:
+                logit_tC += torch.index_select(lift[0], 0, lift[1][part], out=share_tC)
             if twins:
                 logit_tC[twins[number][:, 0] - start, twins[number][:, 1]] = float("-inf")
             torch.softmax(logit_tC, 1, out=share_tC)
@@ -119,7 +110,7 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *(grad * saved for saved in ctx.saved_tensors), *[None] * 6
+        return *(grad * saved for saved in ctx.saved_tensors), *[None] * 5
 
 
 def _cut(twin_S2: Tensor | None, starts: range) -> list[Tensor]:

@@ -132,15 +132,12 @@ class Recommender(nn.Module):
             if not len(targets.at_T):
                 continue  # a gradient of all of the block's candidates would be kept for nothing
             loss = info_nce(
-                own_TD,
+                own_TD * scale,
                 vector_CD,
                 targets.place_T,
                 targets.weight_T,
-                scale=scale,
-                bias_C=bias_C,
-                log_q_C=block.log_q_C if self.objective.logq else None,
-                lift_AC=block.lift_DC,
-                lift_T=targets.lift_T,
+                bias_C=bias_C - block.log_q_C if self.objective.logq else bias_C,
+                lift=None if block.lift_DC is None else (block.lift_DC, targets.lift_T),
                 twin_S2=targets.twin_S2,
                 low=low,
             )
