@@ -90,11 +90,11 @@ def test_the_last_vector_is_that_of_the_last_real_position(layers: int) -> None:
     at = torch.tensor([5, 6, 12 + 3])
     every = encoder(item.flatten(0, 1), event.flatten(), platform, [(3, 6)], at)
     torch.testing.assert_close(encoder.last(item, event, mask, platform), every)
-    # The same in two buckets: one of a single position, and one of two histories.
-    order, one = [1, 0, 2], slice(1)
-    item_Z = torch.cat([item[1, one], item[0], item[2]])
-    event_Z = torch.cat([event[1, one], event[0], event[2]])
-    bucketed = encoder(item_Z, event_Z, platform[order], [(1, 1), (2, 6)], torch.tensor([0, 1 + 5, 7 + 3]))
+    # The same in two buckets: one history of four positions, and two of six.
+    order, four = [2, 0, 1], slice(4)
+    item_Z = torch.cat([item[2, four], item[0], item[1]])
+    event_Z = torch.cat([event[2, four], event[0], event[1]])
+    bucketed = encoder(item_Z, event_Z, platform[order], [(1, 4), (2, 6)], torch.tensor([3, 4 + 5, 10]))
     torch.testing.assert_close(bucketed, every[order])
     cut = encoder.last(item[2:, :4], event[2:, :4], mask[2:, :4], platform[2:])
     torch.testing.assert_close(cut, encoder.last(item, event, mask, platform)[2:])
