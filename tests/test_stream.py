@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from dtrain.data.shards import ShardReader
 from dtrain.data.stream import WINDOW_DRAWS, SampleReader, StepSamples, Stream, StreamConfig, blocks_at_once
 from dtrain.model.config import EncoderConfig, ModelConfig
 from dtrain.train.config import DataConfig, RunConfig, TrainConfig
-from dtrain.train.feed import open_stream, sample_costs
+from dtrain.train.costs import sample_costs
+from dtrain.train.feed import open_stream
 from tests.stream_toys import prepared
 
 
@@ -214,30 +215,66 @@ def test_prefetch_must_be_a_step_at_least() -> None:
         StreamConfig(prefetch=0)
 
 
-def test_ranks_get_equally_much_to_predict_not_equally_many_histories(tmp_path: Path) -> None:
-    manifest = prepared(tmp_path / "data")
-    rows = dict(zip(manifest.platforms, (3, 41, 2), strict=True))  # interactions a sample
+def with_rows(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
+    """The manifest as if a platform's samples had so many interactions each."""
     entries = {
         name: dataclasses.replace(entry, train_rows=rows[name] * entry.train_samples)
         for name, entry in manifest.platforms.items()
     }
-    manifest = dataclasses.replace(manifest, platforms=entries)
-    config = RunConfig(
-        run="run",
-        data=DataConfig(path="data"),
-        model=ModelConfig(encoder=EncoderConfig(name="toy")),
-        plan=PlanConfig(samples=200, lanes=3),
-    )
+    return dataclasses.replace(manifest, platforms=entries)
+
+
+def even_plan(manifest: Manifest, config: PlanConfig) -> Plan:
     samples = {name: platform.train_samples for name, platform in manifest.platforms.items()}
-    plan = Plan(manifest, Mixture.make(MixtureConfig(temperature=0), samples), config.plan)
-    asked, sizes = [], []
+    return Plan(manifest, Mixture.make(MixtureConfig(temperature=0), samples), config)
+
+
+def test_ranks_get_equally_much_to_do_not_equally_many_histories(tmp_path: Path) -> None:
+    manifest = prepared(tmp_path / "data")
+    rows = dict(zip(manifest.platforms, (3, 41, 2), strict=True))
+    config = run_config(PlanConfig(samples=200, lanes=3))
+    plan = even_plan(with_rows(manifest, rows), config.plan)
+    cost_P = sample_costs(config, plan)
+    assert cost_P is not None
+    costs, sizes = [], []
     for rank in range(4):
         with open_stream(config, plan, World(rank=rank, size=4), 0) as stream:
             found = next(stream)
         platform_B = found.plan.platform_B[found.local]
-        asked.append(sum(rows[name] - 1 for name in np.array(plan.platforms)[platform_B].tolist()))
+        costs.append(cost_P[platform_B].sum())
         sizes.append(platform_B.size)
-    assert max(asked) - min(asked) <= 2 * 40  # a sample at either end
+    assert max(costs) - min(costs) <= 2 * cost_P.max()  # a sample at either end
     assert max(sizes) > 3 * min(sizes)
+
+
+def test_a_sample_costs_by_what_it_predicts_and_by_the_items_that_its_platform_brings(tmp_path: Path) -> None:
+    manifest = prepared(tmp_path / "data")
+    names = list(manifest.platforms)
+    config = run_config(PlanConfig(samples=240, block_samples=16, negatives=2000))
+    alike = dataclasses.replace(
+        manifest,
+        platforms={
+            name: dataclasses.replace(entry, items=1, train_rows=(2 + 9 * place) * entry.train_samples)
+            for place, (name, entry) in enumerate(manifest.platforms.items())
+        },
+    )
+    costs = sample_costs(config, even_plan(alike, config.plan))
+    assert costs is not None
+    one, ten, nineteen = costs.tolist()
+    assert ten == pytest.approx(10 * one, rel=0.02)  # one item each: only what is predicted counts
+    assert nineteen == pytest.approx(19 * one, rel=0.02)
+
+    large = dataclasses.replace(alike.platforms[names[0]], items=100_000)
+    wide = dataclasses.replace(alike, platforms={**alike.platforms, names[0]: large})
+    more = sample_costs(config, even_plan(wide, config.plan))
+    assert more is not None
+    # 2,016 candidates for a target, of which each is 1 / 64 of a 64 x 64 product; 9,690 items for 80 samples.
+    assert more[0] - one == pytest.approx(16 * (2_016 / 64 + 4 * 9_690 / 80), rel=0.01)
+    assert more[1:].tolist() == [ten, nineteen]
     reranker = dataclasses.replace(config, train=TrainConfig(task="rank"))
-    assert sample_costs(reranker, manifest) is None  # one question a history
+    assert sample_costs(reranker, even_plan(alike, config.plan)) is None  # one question a history
+
+
+def run_config(plan: PlanConfig) -> RunConfig:
+    model = ModelConfig(encoder=EncoderConfig(name="toy"), dim=64)
+    return RunConfig(run="run", data=DataConfig(path="data"), model=model, plan=plan)

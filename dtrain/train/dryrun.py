@@ -14,7 +14,7 @@ from dtrain.engine.precision import resolve_precision
 from dtrain.model.build import describe, train_flops_per_token
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.feed import sample_costs
+from dtrain.train.costs import sample_costs
 from dtrain.train.setup import Inputs, build_module, open_inputs
 from dtrain.train.transfer import choose_trained
 
@@ -33,7 +33,7 @@ def _batch_lines(config: RunConfig, inputs: Inputs, world: World) -> list[str]:
     mixture = Mixture.make(config.mixture, samples)
     plan = Plan(inputs.manifest, mixture, config.plan)
     first = plan.step(0)
-    cost_P = sample_costs(config, inputs.manifest)
+    cost_P = sample_costs(config, plan)
     parts = [rows_for(first, rank, world.size, cost_P) for rank in range(world.size)]
     sizes = [part.stop - part.start for part in parts]
     per_rank = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"

@@ -13,32 +13,22 @@ import torch
 from dtrain.core.comm import Comm
 from dtrain.core.world import World
 from dtrain.data.batch import AnyBatch
-from dtrain.data.manifest import Manifest
 from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
 from dtrain.data.stream import StepSamples, Stream, blocks_at_once
 from dtrain.train.config import RunConfig
+from dtrain.train.costs import sample_costs
 from dtrain.train.resume import RunState, mixture_of
 from dtrain.train.setup import Inputs
 
-__all__ = ["Ahead", "RunFeed", "open_stream", "sample_costs"]
+__all__ = ["Ahead", "RunFeed", "open_stream"]
 
 log = logging.getLogger("dtrain")
 
 
-def sample_costs(config: RunConfig, manifest: Manifest) -> np.ndarray | None:
-    """int64 [P] what a sample of each platform costs a rank, in no unit: its mean number of predictions, for the task
-    that learns from all of a window; None for the others. It decides who trains on a sample, not what a step learns.
-    """
-    if config.train.task != "recommend":
-        return None
-    targets = [entry.train_rows / entry.train_samples - 1 for entry in manifest.platforms.values()]
-    return np.asarray(np.maximum(1, np.rint(16 * np.array(targets))), np.int64)
-
-
 def open_stream(config: RunConfig, plan: Plan, world: World, step: int) -> Stream:
     """A rank's samples of the plan from `step` on, read as the config says."""
-    cost_P = sample_costs(config, plan.manifest)
+    cost_P = sample_costs(config, plan)
     share_P = np.array(list(plan.mixture.least_shares().values()))
     if cost_P is not None:
         share_P = share_P * cost_P * share_P.sum() / (share_P @ cost_P)
