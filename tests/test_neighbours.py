@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dtrain.core.errors import ConfigError
@@ -19,12 +20,15 @@ from tests.eval_toys import OVERLAP, PLATFORMS, WINDOW, prepared, user_sequences
 CONFIG = NeighbourConfig(last=4, decay=0.5, sources=3, ridge=2.0)
 
 
-def by_definition(platform: str, config: NeighbourConfig) -> np.ndarray:
-    """[N, N]: the ridge regression of each target on the weighed items before it, on its chosen sources alone."""
+def by_definition(platform: str, config: NeighbourConfig, looked_at: int = 0) -> np.ndarray:
+    """[N, N]: the ridge regression of each target on the weighed items before it, on its chosen sources alone. Every
+    item of which `looked_at` is a divisor is context only."""
     items = PLATFORMS[platform][0]
     rows, targets = [], []
     for sequence in user_sequences(platform):
         for context, target in seen_in_windows(sequence[:-2]):
+            if looked_at and target % looked_at == 0:
+                continue
             row = np.zeros(items)
             for age, item in enumerate(context[::-1][: config.last]):
                 row[item] += (1 + age) ** -config.decay
@@ -71,6 +75,34 @@ def test_weights_are_the_ridge_regression_of_what_came_next(
     expected = by_definition(platform, config)
     assert (np.count_nonzero(expected) > 0) == (platform != "none")
     np.testing.assert_allclose(as_dense(table), expected, rtol=1e-5, atol=1e-7)
+
+
+class LookedAt(ShardReader):
+    """Samples in which items 3, 6, 9, ... were only looked at: their events weigh nothing."""
+
+    def read(self, shard: int, rows: np.ndarray) -> pa.Table:
+        table = super().read(shard, rows)
+        items, weights = (table[name].combine_chunks() for name in ("items", "weights"))
+        bought = items.values.to_numpy() % 3 != 0
+        kept = pa.ListArray.from_arrays(
+            weights.offsets, pa.array(weights.values.to_numpy() * bought.astype(np.float32))
+        )
+        return table.set_column(table.schema.get_field_index("weights"), "weights", kept)
+
+
+@pytest.mark.parametrize(("last", "decay", "sources"), [(2, 1.0, 3), (9, 0.0, 3), (1, 0.0, 3), (6, 0.5, 130)])
+@pytest.mark.parametrize("rows", [3, 2048])
+def test_what_was_only_looked_at_is_context_and_nothing_that_came_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, decay: float, sources: int, rows: int
+) -> None:
+    monkeypatch.setattr(pairs, "_ROWS", rows)
+    config = dataclasses.replace(CONFIG, last=last, decay=decay, sources=sources)
+    found = find_neighbours(LookedAt(prepared(tmp_path), "right"), PLATFORMS["right"][0], config)
+    expected = by_definition("right", config, looked_at=3)
+    assert np.count_nonzero(expected) > 50
+    assert np.count_nonzero(expected[::3]) > 0  # they do speak for others
+    assert not expected[:, ::3].any()
+    np.testing.assert_allclose(as_dense(found), expected, rtol=2e-4, atol=1e-5)
 
 
 def test_they_are_made_once_for_each_config_and_in_whatever_pieces(

@@ -38,7 +38,7 @@ __all__ = [
 
 log = logging.getLogger("dtrain")
 
-_VERSION = 1  # of what is computed
+_VERSION = 2  # of what is computed
 _UNIT = 1 << 16  # weights of pairs are whole multiples of 1 / _UNIT
 _CHUNK = 1 << 22  # cells of the normal equations that are solved at once
 _PROGRESS_S = 10.0  # seconds between lines that tell how far it is
@@ -150,17 +150,18 @@ def _stride(samples: int, config: NeighbourConfig) -> int:
 def _followed(distance: int, part: Windows, second: np.ndarray, weight_T: np.ndarray) -> np.ndarray:
     """int64: for two positions so far apart, the sum over later targets of the product of their weights there.
 
-    A window's targets are its last positions. With the second position m before a target, the first is m + distance.
+    With the second position m before a target, the first is m + distance. Not all that comes later is a target: some
+    events weigh nothing.
     """
-    last = len(weight_T)
-    products = weight_T[: last - distance] * weight_T[distance:]
-    prefix = np.concatenate([[0], np.cumsum(np.rint(_UNIT * products).astype(np.int64))])
-    targets_Q = np.cumsum(part.target_Q[::-1])[::-1]  # from here to the end of all windows
-    targets_Q = np.append(targets_Q, 0)
-    left = part.left_Q[second]
-    later = targets_Q[second + 1] - targets_Q[second + 1 + left]  # targets of this window after `second`
-    nearest, farthest = left - later, np.minimum(left, last - distance)
-    return np.asarray(np.maximum(prefix[farthest.clip(min=0)] - prefix[np.minimum(nearest, farthest).clip(min=0)], 0))
+    product_T = np.rint(_UNIT * weight_T[: len(weight_T) - distance] * weight_T[distance:])  # by m - 1
+    if not len(product_T) or not len(second):
+        return np.zeros(len(second), np.int64)
+    # Room after each window, so that nothing of the next one is within reach.
+    cell_Q = np.arange(len(part.item_Q)) + np.cumsum(part.place_Q == 0) * len(product_T)
+    target_Z = np.zeros(int(cell_Q[-1]) + 1 + len(product_T))
+    target_Z[cell_Q] = part.target_Q
+    sum_Z = np.correlate(target_Z[1:], product_T)  # whole numbers below 2 ** 53: exact
+    return np.asarray(sum_Z[cell_Q[second]].astype(np.int64))
 
 
 def _solve(sums: PairSums, own_N: np.ndarray, items: int, config: NeighbourConfig) -> ItemToItem:

@@ -29,7 +29,6 @@ class Windows:
     item_Q: np.ndarray  # int64
     target_Q: np.ndarray  # bool
     place_Q: np.ndarray  # int64, from 0 in each window
-    left_Q: np.ndarray  # int64 positions of the window that come after this one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +56,6 @@ def windows(reader: ShardReader, shards: Sequence[int], every: int = 1) -> Itera
                 item_Q=histories.values.astype(np.int64),
                 target_Q=weight_Q > 0,
                 place_Q=place_Q,
-                left_Q=np.repeat(length, length) - 1 - place_Q,
             )
 
 
