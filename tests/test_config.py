@@ -54,7 +54,20 @@ def test_files_include_others_and_overrides_win(tmp_path: Path, monkeypatch: pyt
         ("name: x", ["--limit"], ["--limit", "a.b=c"]),
         ("limit: 3", [], ["name", "required"]),
         ("name: ${oc.env:DTRAIN_NOT_SET_ANYWHERE}", [], ["DTRAIN_NOT_SET_ANYWHERE"]),
-        ("name: [unclosed", [], ["not readable as YAML"]),
+        ("name: x\nlimit: [unclosed", [], ["not readable as YAML", "line 2", "',' or ']'"]),
+        ("name: x\nlimit: 1\nname: y", [], ["line 3", "duplicate key name"]),
+        ("name: x\ninner: [1]", [], ["config.yaml: inner=[1]", "mapping of its keys (rate, sizes)", "inner.rate=..."]),
+        ("name: x", ["inner=5"], ["override 'inner=5'", "inner=5", "inner.rate=..."]),
+        ("name: x\ninner: {sizes: {a: 1}}", [], ["inner.sizes={'a': 1}", "a list", "inner.sizes=[a]"]),
+        ("name: x\ninner: {sizes: [1]}", ["inner.sizes.a=1"], ["override 'inner.sizes.a=1'", "inner.sizes=[a]"]),
+        ("name: x", ["inner.sizes=3"], ["inner.sizes=3", "inner.sizes=[3]"]),
+        ("name: x\nmany: {a: {}}", ["many=[0.5, 0.5]"], ["many=[0.5, 0.5]", "mapping of names", "many.NAME=..."]),
+        ("name: x\nlimit: 1", ["limit=[2]"], ["limit=[2]", "one value", "limit=..."]),
+        ("name: x\ninner:", [], ["inner has no value", "leave inner out"]),
+        ("name: x", ["many={a:1}"], ["many has {a:1}", "write {a: 1}"]),
+        ("name: x\nlimit: many", [], ["config.yaml: limit=many", "a whole number"]),
+        ("name: x\nlimit: 1", ["limit=many"], ["override 'limit=many': limit=many", "a whole number"]),
+        ("name: x\ninclude: base.yaml", [], ["include=base.yaml", "a list", "[base.yaml]"]),
         ("- a\n- b", [], ["mapping"]),
         ("include: [nowhere.yaml]", [], ["nowhere.yaml", "no such"]),
         ("include: [config.yaml]", [], ["includes itself"]),
@@ -66,3 +79,9 @@ def test_a_bad_config_is_named(tmp_path: Path, text: str, overrides: list[str], 
         load_config(Outer, path, overrides)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_an_included_file_is_blamed_for_what_it_says(tmp_path: Path) -> None:
+    base = write(tmp_path, "base.yaml", "inner: {rate: fast}\n")
+    with pytest.raises(ConfigError, match=f"^{base}: inner.rate=fast: must be a number$"):
+        load_config(Outer, write(tmp_path, "top.yaml", "include: [base.yaml]\nname: x\n"), ["limit=3"])

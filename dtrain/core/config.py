@@ -11,11 +11,13 @@ import dataclasses
 import difflib
 import keyword
 import re
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.core.errors import ConfigError
@@ -23,6 +25,8 @@ from dtrain.core.errors import ConfigError
 __all__ = ["dump_yaml", "load_config", "load_section", "nearest", "to_dict"]
 
 T = TypeVar("T")
+
+_KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}  # by OmegaConf's names
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -37,31 +41,36 @@ def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[st
     Raises ConfigError for a missing file, bad YAML, an unknown key (with the nearest known one), a wrong type, a
     missing required value or a broken rule of the dataclass's `__post_init__`.
     """
-    merged = OmegaConf.create({})
-    if path is not None:
-        merged = _read(Path(path), ())
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override), f"override {override!r}")
-    return _checked(schema, merged, str(path or "overrides"))
+    parts = [] if path is None else list(_parts(Path(path), str(path), ()))
+    parts += [(f"override {override!r}", _parse_override(override)) for override in overrides]
+    return _checked(schema, parts, str(path or "overrides"), "")
 
 
 def load_section(schema: type[T], path: str | Path, key: str) -> T:
     """The section `key` of a config file alone, as `load_config`; for those who know not all of the file's schema."""
-    section = _read(Path(path), ()).get(key)
-    return _checked(schema, OmegaConf.create({}) if section is None else section, f"{path}: {key}")
+    parts = [(where, node[key]) for where, node in _parts(Path(path), str(path), ()) if key in node]
+    return _checked(schema, parts, str(path), key)
 
 
-def _checked(schema: type[T], merged: Any, where: str) -> T:
-    raw = OmegaConf.to_container(merged, resolve=False)
-    _check_keys(schema, raw, where, "")
+def _checked(schema: type[T], parts: Iterable[tuple[str, Any]], where: str, key: str) -> T:
+    """The parts, each with the name of where it is from, merged in order. Each is checked alone, so that it is named
+    and not the whole when it is wrong."""
+    config: Any = OmegaConf.structured(schema)
+    prefix = f"{key}." if key else ""
+    for source, part in parts:
+        _check(schema, part, source, key)
+        try:
+            config = OmegaConf.merge(config, OmegaConf.create(_spelled(schema, part, _field_of)))
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list onto a mapping, where both may stand
+            raise ConfigError(f"{source}: {_reason(error, prefix)}") from error
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        name = prefix + missing[0]
+        raise ConfigError(f"{where}: {name} has no value; it is required. Set it: {name}=...")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(_spelled(schema, raw, _field_of)))
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise ConfigError(f"{where}: {missing[0]} has no value; it is required. Set it: {missing[0]}=...")
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {_reason(error, prefix)}") from error
     assert isinstance(result, schema)
     return result
 
@@ -98,69 +107,104 @@ def _spelled(schema: Any, node: Any, spell: Callable[[str], str]) -> Any:
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    first = lines[0] if lines else type(error).__name__
-    unset = re.search(r"Environment variable '(\w+)' not found", first)
+def _reason(error: Exception, prefix: str = "") -> str:
+    """What OmegaConf says, in one line, the key first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    key = prefix + next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    unset = re.search(r"Environment variable '(\w+)' not found", lines[0])
     if unset:
-        first = f"environment variable {unset[1]} is not set; set it: export {unset[1]}=..."
-    return f"{key}: {first}" if key and lines else first
+        return f"{key}: environment variable {unset[1]} is not set; set it: export {unset[1]}=..."
+    mistyped = re.match(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", lines[0])
+    if mistyped and mistyped[2] in _KINDS:
+        return f"{key}={mistyped[1]}: must be {_KINDS[mistyped[2]]}"
+    return f"{key}: {lines[0]}" if key else lines[0]
 
 
-def _parse_override(override: str) -> DictConfig:
+def _yaml_reason(error: Exception) -> str:
+    """Cause and line of an error of the YAML parser, whose first line is neither."""
+    cause, mark, begun = (getattr(error, name, None) for name in ("problem", "problem_mark", "context_mark"))
+    if not cause or mark is None:
+        return _reason(error)
+    since = f" (in what begins on line {begun.line + 1})" if begun is not None and begun.line < mark.line else ""
+    return f"line {mark.line + 1}: {cause}{since}"
+
+
+def _parse_override(override: str) -> Any:
     key, sep, _ = override.partition("=")
     if not sep or not key.strip() or key.startswith("-"):
         raise ConfigError(f"argument {override!r}: overrides have the form a.b=c")
     try:
-        return OmegaConf.from_dotlist([override])
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
     except Exception as error:  # yaml errors of many classes
-        raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
+        raise ConfigError(f"override {override!r}: {getattr(error, 'problem', None) or _reason(error)}") from error
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _parts(path: Path, where: str, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The files that `path` includes and then `path` itself, each with its name for messages and its content."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: includes itself through {' -> '.join(p.name for p in seen)}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # yaml errors of many classes; UnicodeDecodeError
-        raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
+        raise ConfigError(f"{where}: not readable as YAML: {_yaml_reason(error)}") from error
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where}: the top level must be a mapping of keys to values")
     includes = node.pop("include", None) or []
-    merged = OmegaConf.create({})
+    if not isinstance(includes, list):
+        raise ConfigError(f"{where}: include={includes}: must be a list; write include: [{includes}]")
     for name in includes:
-        merged = _merge(merged, _read(path.parent / str(name), (*seen, path)), str(name))
-    return _merge(merged, node, str(path))
+        included = path.parent / str(name)
+        yield from _parts(included, str(included), (*seen, path))
+    yield where, node
 
 
-def _merge(base: DictConfig, top: DictConfig, where: str) -> DictConfig:
-    try:
-        merged = OmegaConf.merge(base, top)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _check_keys(schema: Any, node: Any, where: str, prefix: str) -> None:
-    """Name an unknown key with its full path and nearest neighbour, which OmegaConf alone does only in part."""
-    if not (dataclasses.is_dataclass(schema) and isinstance(node, dict)):
+def _check(hint: Any, node: Any, where: str, key: str) -> None:
+    """Name a key that is unknown, or has a list, a mapping or one value where the schema wants another of them, with
+    its full path and a fix, which OmegaConf alone does only in part."""
+    if isinstance(node, str) and ("${" in node or node == "???"):  # known when it is resolved
         return
-    hints = {_key_of(field): hint for field, hint in get_type_hints(schema).items()}
-    for key, value in node.items():
-        if key not in hints:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}.{nearest(str(key), sorted(hints))}")
-        hint = hints[str(key)]
-        args = [a for a in get_args(hint) if a is not type(None)]
-        if get_origin(hint) is dict and isinstance(value, dict):
-            for name, child in value.items():
-                _check_keys(args[1], child, where, f"{prefix}{key}.{name}.")
-        elif get_origin(hint) is list and isinstance(value, list):
-            for index, child in enumerate(value):
-                _check_keys(args[0], child, where, f"{prefix}{key}[{index}].")
-        else:
-            _check_keys(args[0] if args else hint, value, where, f"{prefix}{key}.")
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    hint = next(option for option in options if option is not NoneType)
+    if hint is Any or (node is None and NoneType in options):
+        return
+    if node is None:
+        raise ConfigError(f"{where}: {key} has no value, and null is none here; give it one, or leave {key} out")
+    wrong, args = f"{where}: {key}={reprlib.repr(node)}", get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = {_key_of(field): kind for field, kind in get_type_hints(hint).items()}
+        if not isinstance(node, dict):
+            some = ", ".join(list(hints)[:3]) + (", ..." if len(hints) > 3 else "")
+            raise ConfigError(
+                f"{wrong}: must be a mapping of its keys ({some}); set e.g. {key}.{next(iter(hints))}=..."
+            )
+        for name, child in node.items():
+            full = f"{key}.{name}" if key else str(name)
+            if name not in hints:
+                _check_spaces(name, child, where, key)
+                raise ConfigError(f"{where}: unknown key {full}.{nearest(str(name), sorted(hints))}")
+            _check(hints[name], child, where, full)
+    elif get_origin(hint) is dict:
+        if not isinstance(node, dict):
+            raise ConfigError(f"{wrong}: must be a mapping of names to values; set each: {key}.NAME=...")
+        for name, child in node.items():
+            _check_spaces(name, child, where, key)
+            _check(args[1], child, where, f"{key}.{name}")
+    elif get_origin(hint) is list:
+        if not isinstance(node, list):
+            items = "{...}" if dataclasses.is_dataclass(args[0]) else node
+            items = ", ".join(map(str, items)) if isinstance(items, dict) else items
+            raise ConfigError(f"{wrong}: must be a list; write {key}=[{items}]")
+        for index, child in enumerate(node):
+            _check(args[0], child, where, f"{key}[{index}]")
+    elif isinstance(node, dict | list):
+        raise ConfigError(f"{wrong}: must be one value; write {key}=...")
+
+
+def _check_spaces(name: Any, value: Any, where: str, key: str) -> None:
+    """YAML reads `{a:1}` as the key "a:1" without a value."""
+    if value is None and ":" in str(name):
+        fixed = ": ".join(str(name).split(":", 1))
+        raise ConfigError(f"{where}: {key} has {{{name}}}, without a space after the colon; write {{{fixed}}}")
