@@ -42,7 +42,7 @@ def test_excess_over_a_cap_goes_to_the_others_until_none_is_above() -> None:
     ("config", "message"),
     [
         ({"weights": {"larg": 0.5}}, "mixture.weights.larg: no such platform. Did you mean 'large'?"),
-        ({"caps": {"x": 0.5}}, "mixture.caps.x: no such platform"),
+        ({"caps": {"x": 0.5}}, "mixture.caps.x: no such platform. There are: "),
         ({"weights": {"large": 1.5}}, "leaves nothing for middle, small"),
         ({"caps": {"large": 0.2, "middle": 0.2, "small": 0.2}}, "add up to less than 1"),
         ({"caps": {"large": 1.2}}, "at most 1"),

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dtrain.core.errors import ConfigError
 
-__all__ = ["dump_yaml", "load_config", "load_section", "nearest", "to_dict"]
+__all__ = ["dump_yaml", "load_config", "load_section", "nearest", "nearest_or_all", "to_dict"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """' Did you mean ...?' for the most similar of `known`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def nearest_or_all(name: str, known: Sequence[str], most: int = 10) -> str:
+    """As `nearest`; where nothing is similar, the known names, for a message that has not listed them."""
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return nearest(name, known) or f" There are: {', '.join(known[:most])}{more}."
 
 
 def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
@@ -184,7 +190,7 @@ def _check(hint: Any, node: Any, where: str, key: str) -> None:
             full = f"{key}.{name}" if key else str(name)
             if name not in hints:
                 _check_spaces(name, child, where, key)
-                raise ConfigError(f"{where}: unknown key {full}.{nearest(str(name), sorted(hints))}")
+                raise ConfigError(f"{where}: unknown key {full}.{nearest_or_all(str(name), list(hints), 20)}")
             _check(hints[name], child, where, full)
     elif get_origin(hint) is dict:
         if not isinstance(node, dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.core.blobs import open_blobs
-from dtrain.core.config import nearest
+from dtrain.core.config import nearest_or_all
 from dtrain.core.errors import CheckpointError, DataError
 from dtrain.core.fingerprint import fingerprint
 from dtrain.core.local_blobs import LocalBlobs
@@ -137,7 +137,7 @@ class Manifest:
         try:
             return self.platforms[name]
         except KeyError:
-            hint = nearest(name, list(self.platforms))
+            hint = nearest_or_all(name, list(self.platforms))
             raise DataError(f"platform {name!r} is not in {self.root}/manifest.json.{hint}") from None
 
     def select(self, names: list[str] | tuple[str, ...]) -> Manifest:

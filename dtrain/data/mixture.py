@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.core.config import nearest
+from dtrain.core.config import nearest_or_all
 from dtrain.core.errors import CheckpointError, ConfigError
 
 __all__ = ["PERIOD", "Mixture", "MixtureConfig", "Segment", "proportions"]
@@ -147,7 +147,7 @@ def proportions(config: MixtureConfig, samples: Mapping[str, int], resting: Coll
     for key in ("weights", "caps"):
         for name in getattr(config, key):
             if name not in samples:
-                raise ConfigError(f"mixture.{key}.{name}: no such platform.{nearest(name, list(samples))}")
+                raise ConfigError(f"mixture.{key}.{name}: no such platform.{nearest_or_all(name, list(samples))}")
     for name, count in samples.items():
         if count < 1:
             raise ConfigError(f"platform {name}: 0 training samples, nothing to mix; leave it out of the run")
