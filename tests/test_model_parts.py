@@ -251,7 +251,7 @@ def test_freeze_policies_and_roles(tiny_encoder: Path) -> None:
     assert top
     assert all("encoder.layer.1." in name for name in top)
     assert trained(policy="all_but_heads") == set()
-    with pytest.raises(ConfigError, match=r"freeze.top_layers=3 exceeds the encoder's 2 layers"):
+    with pytest.raises(ConfigError, match=r"^model.freeze.top_layers=3 exceeds the encoder's 2 layers"):
         trained(policy="all_but_top", top_layers=3)
 
 
@@ -322,11 +322,14 @@ def test_config_reads_from_overrides_and_names_what_is_wrong() -> None:
     assert config.encoder.pooling == "cls"
     assert to_dict(config)["user"]["heads"] == 8
     for override, message in (
-        ("encoder.pooling=maen", r"encoder.pooling='maen'.*Did you mean 'mean'"),
-        ("encoder.attention=flash", r"encoder.attention='flash'"),
-        ("user.dropout=1.0", r"user.dropout=1.0"),
-        ("user.heads=3", r"dim=128 is not a multiple of user.heads=3"),
-        ("freeze.policy=top", r"freeze.policy='top'"),
+        ("encoder.pooling=maen", r"^model.encoder.pooling='maen'.*Did you mean 'mean'"),
+        ("encoder.attention=flash", r"^model.encoder.attention='flash'"),
+        ("user.dropout=1.0", r"^model.user.dropout=1.0"),
+        ("user.heads=3", r"^model.dim=128 is not a multiple of model.user.heads=3"),
+        ("freeze.policy=top", r"^model.freeze.policy='top'"),
+        ("freeze.top_layers=0", r"^model.freeze.top_layers=0"),
+        ("adapter.rank=0", r"^model.adapter.rank=0"),
+        ("blend.texts=-1", r"^model.blend.texts=-1"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(ModelConfig, None, ["encoder.name=x", override])

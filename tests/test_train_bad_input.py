@@ -61,6 +61,18 @@ def test_another_tokenizer_is_refused(tmp_path: Path, shops: Path, tiny_encoder:
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "commits").iterdir()) == before
 
 
+def test_an_encoder_that_is_not_there_or_has_no_tokenizer_is_named(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train=SHORT)
+    wordless = tmp_path / "wordless"
+    wordless.mkdir()
+    shutil.copy(tiny_encoder / "config.json", wordless)  # with which transformers opens a tokenizer of no words
+    for name, why in ((wordless, "has no tokenizer (tokenizer.json or"), (tmp_path / "nowhere", "no such folder")):
+        done = call(command("train", str(config), f"model.encoder.name={name}"))
+        refused(done, 2, f"model.encoder.name='{name}': {why}")
+
+
 def test_a_platform_with_fewer_samples_than_ranks_trains(tmp_path: Path, tiny_encoder: Path) -> None:
     shops = write_shops(tmp_path / "few", users=3)
     config = run_config(tmp_path, shops, tiny_encoder, plan={"samples": 4}, train={**SHORT, "valid_every": 2})

@@ -48,9 +48,9 @@ class EncoderConfig:
     activation_checkpointing: bool = False  # recompute each layer in backward: less memory, one more forward
 
     def __post_init__(self) -> None:
-        _one_of("encoder.pooling", self.pooling, ("mean", "cls", "max"))
-        _one_of("encoder.attention", self.attention, ("auto", "eager", "sdpa"))
-        _probability("encoder.dropout", self.dropout)
+        _one_of("model.encoder.pooling", self.pooling, ("mean", "cls", "max"))
+        _one_of("model.encoder.attention", self.attention, ("auto", "eager", "sdpa"))
+        _probability("model.encoder.dropout", self.dropout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,8 @@ class UserConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("layers", 0), ("heads", 1), ("feedforward", 1), ("max_positions", 1)):
-            _at_least(f"user.{name}", getattr(self, name), low)
-        _probability("user.dropout", self.dropout)
+            _at_least(f"model.user.{name}", getattr(self, name), low)
+        _probability("model.user.dropout", self.dropout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class AdapterConfig:
     rank: int = 32  # width of the bottleneck
 
     def __post_init__(self) -> None:
-        _at_least("adapter.rank", self.rank, 1)
+        _at_least("model.adapter.rank", self.rank, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +88,8 @@ class FreezeConfig:
     top_layers: int = 2  # trained encoder layers under all_but_top
 
     def __post_init__(self) -> None:
-        _one_of("freeze.policy", self.policy, ("nothing", "all_but_top", "all_but_heads"))
-        _at_least("freeze.top_layers", self.top_layers, 1)
+        _one_of("model.freeze.policy", self.policy, ("nothing", "all_but_top", "all_but_heads"))
+        _at_least("model.freeze.top_layers", self.top_layers, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +101,15 @@ class BlendConfig:
     cold_cost: float = 0.02  # share of a platform's valid metric that new items may cost all of its users at most
 
     def __post_init__(self) -> None:
-        _at_least("blend.texts", self.texts, 0)
+        _at_least("model.blend.texts", self.texts, 0)
         if not 0 < self.cold_weight < float("inf"):
-            raise ConfigError(f"blend.cold_weight={self.cold_weight} is no weight; use e.g. 1 (all users alike) or 5")
+            raise ConfigError(
+                f"model.blend.cold_weight={self.cold_weight} is no weight; use e.g. 1 (all users alike) or 5"
+            )
         if not 0 <= self.cold_cost < 1:
-            raise ConfigError(f"blend.cold_cost={self.cold_cost} is no share; use 0 (it may cost nothing) <= cost < 1")
+            raise ConfigError(
+                f"model.blend.cold_cost={self.cold_cost} is no share; use 0 (it may cost nothing) <= cost < 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +120,9 @@ class LoraConfig:
     alpha: float = 16.0  # the factor times the rank
 
     def __post_init__(self) -> None:
-        _at_least("lora.rank", self.rank, 1)
+        _at_least("train.lora.rank", self.rank, 1)
         if not self.alpha > 0:
-            raise ConfigError(f"lora.alpha={self.alpha} is not positive; use e.g. twice lora.rank")
+            raise ConfigError(f"train.lora.alpha={self.alpha} is not positive; use e.g. twice train.lora.rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +144,11 @@ class ModelConfig:
     blend: BlendConfig = field(default_factory=BlendConfig)
 
     def __post_init__(self) -> None:
-        _at_least("dim", self.dim, 1)
+        _at_least("model.dim", self.dim, 1)
         if self.dim % self.user.heads:
-            raise ConfigError(f"dim={self.dim} is not a multiple of user.heads={self.user.heads}; change one of them")
+            raise ConfigError(
+                f"model.dim={self.dim} is not a multiple of model.user.heads={self.user.heads}; change one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

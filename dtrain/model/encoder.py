@@ -19,7 +19,7 @@ from dtrain.model.attention import use_fastest
 from dtrain.model.config import EncoderConfig, FreezeConfig
 from dtrain.model.dropout import with_cheap_dropout
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "check_folder"]
 
 disable_progress_bar()  # of transformers, which draws one for every load, on every rank
 
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
             stack = self._stack()
             if config.top_layers > len(stack):
                 raise ConfigError(
-                    f"freeze.top_layers={config.top_layers} exceeds the encoder's {len(stack)} layers; "
+                    f"model.freeze.top_layers={config.top_layers} exceeds the encoder's {len(stack)} layers; "
                     f"use at most {len(stack)}"
                 )
             top = list(stack[-config.top_layers :].parameters())
@@ -114,21 +114,27 @@ class Encoder(nn.Module):
             if isinstance(module, nn.ModuleList) and len(module) == self.layers:
                 return module
         raise ConfigError(
-            f"{type(self.model).__name__} has no list of {self.layers} layers, so freeze.policy=all_but_top can't "
-            "be applied to it; use nothing or all_but_heads"
+            f"{type(self.model).__name__} has no list of {self.layers} layers, so model.freeze.policy=all_but_top "
+            "can't be applied to it; use nothing or all_but_heads"
+        )
+
+
+def check_folder(name: str) -> None:
+    """Raise ConfigError where `model.encoder.name` means a folder, since no hub has such names, and there is none."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(
+            f"model.encoder.name={name!r}: no such folder; give one with config.json, model.safetensors and a tokenizer"
         )
 
 
 def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
     name, kernel = config.name, None if config.attention == "auto" else config.attention
-    folder = Path(name)
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ConfigError(f"encoder.name={name!r}: no such folder; give one with config.json and model.safetensors")
+    check_folder(name)
     try:
         shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"encoder.name={name!r} can't be opened ({_first_line(error)}); give a folder with config.json and "
+            f"model.encoder.name={name!r} can't be opened ({_first_line(error)}); give a folder with config.json and "
             "model.safetensors, or the name of a model on a hub that this machine reaches"
         ) from error
     for key in _DROPOUTS:
@@ -148,13 +154,13 @@ def _open(config: EncoderConfig, *, pretrained: bool) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"encoder.name={name!r}: its weights can't be loaded ({_first_line(error)}); they must be whole and in "
-            "safetensors"
+            f"model.encoder.name={name!r}: its weights can't be loaded ({_first_line(error)}); they must be whole "
+            "and in safetensors"
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ConfigError(
-            f"encoder.name={name!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among "
+            f"model.encoder.name={name!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among "
             "them; point to a whole checkpoint"
         )
     return model

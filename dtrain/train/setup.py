@@ -22,6 +22,7 @@ from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import open_neighbours
 from dtrain.data.trends import open_trends
 from dtrain.model.build import build_cross_encoder, build_masked_model, build_model
+from dtrain.model.encoder import check_folder
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.kept import catalog_vectors
@@ -29,6 +30,7 @@ from dtrain.train.vectors import EvenSample, encode_catalog
 
 __all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime"]
 
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # one of which every kind of tokenizer has
 _STATISTICS = 4096  # items of each platform that the statistics of text vectors are taken from
 
 
@@ -62,12 +64,7 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
     """
     manifest = Manifest.load(config.data.path, config.data.cache).select(config.data.platforms)
     manifest.verify(digests=False)
-    name = str(tokenizer_from or config.model.encoder.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model.encoder.name={name!r}: its tokenizer can't be opened ({why})") from error
+    tokenizer = _open_tokenizer(config.model.encoder.name if tokenizer_from is None else str(tokenizer_from))
     items: Items | None = None
     for turn in (True, False):  # one rank of each machine fetches and makes what is missing, then the others find them
         if (comm.world.local_rank == 0) == turn:
@@ -84,6 +81,25 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
         comm.barrier()
     assert items is not None
     return Inputs(manifest, tokenizer, items, {p: Catalog.open(manifest, p) for p in manifest.platforms})
+
+
+def _open_tokenizer(name: str) -> Any:
+    check_folder(name)
+    folder = Path(name)
+    if folder.is_dir() and not any(path for kind in _VOCABULARIES for path in folder.glob(kind)):
+        # some tokenizers would open all the same, and know no word
+        raise ConfigError(
+            f"model.encoder.name={name!r}: has no tokenizer (tokenizer.json or vocab.txt is missing); copy the "
+            "files of the model's own tokenizer there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"model.encoder.name={name!r}: its tokenizer can't be opened ({why}); give a folder that is there, or the "
+            "name of a model on a hub that this machine reaches"
+        ) from error
 
 
 def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.Module:
