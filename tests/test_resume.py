@@ -50,6 +50,10 @@ def test_the_docs_have_the_same_table() -> None:
     assert written == {(frozenset(rule.keys), rule.kind) for rule in RULES}
 
 
+def under(resume_data: str) -> RunConfig:
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, resume_data=resume_data))
+
+
 class Tokenizer:
     special_tokens_map: dict[str, str] = {}
 
@@ -77,7 +81,7 @@ def test_all_changed_keys_are_named_with_both_values(manifest: Manifest) -> None
     )
     found = changes(bound(CONFIG, manifest), bound(other, manifest))
     with pytest.raises(StateMismatch) as caught:
-        check_binding(found, "same")
+        check_binding(found, under("same"))
     for words in (
         "4 keys",
         "plan.seed: the checkpoint has 0, this config 7",
@@ -87,8 +91,8 @@ def test_all_changed_keys_are_named_with_both_values(manifest: Manifest) -> None
         "train.resume_data=continue",
     ):
         assert words in str(caught.value)
-    check_binding(found, "continue")
-    check_binding(found, "restart")
+    check_binding(found, under("continue"))
+    check_binding(found, under("restart"))
 
 
 def test_what_says_which_weights_there_are_can_not_change_at_all(manifest: Manifest) -> None:
@@ -99,14 +103,16 @@ def test_what_says_which_weights_there_are_can_not_change_at_all(manifest: Manif
     )
     for resume_data in ("same", "continue", "restart"):
         with pytest.raises(StateMismatch, match=r"(?s)2 keys.*model.dim: .*128.*64.*optimizer.name.*another run"):
-            check_binding(changes(bound(CONFIG, manifest), bound(wider, manifest)), resume_data)
+            check_binding(changes(bound(CONFIG, manifest), bound(wider, manifest)), under(resume_data))
 
 
 def test_another_catalogue_is_fine_only_where_no_weight_belongs_to_its_rows() -> None:
     manifest, grown = (bare_manifest({"left": (3, [samples])}) for samples in (17, 18))
     with pytest.raises(StateMismatch, match=r"fact\.catalog\.left"):
-        check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown, "abd")), "continue")
-    check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown)), "continue")
+        check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown, "abd")), under("continue"))
+    check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown)), under("continue"))
+    with pytest.raises(StateMismatch, match=r"(?s)fact\.data\.left.*data\.path=p holds other data"):
+        check_binding(changes(bound(CONFIG, manifest), bound(CONFIG, grown)), under("same"))
     text_only = dataclasses.replace(CONFIG.model, id_vectors=False, item_bias=False, memory=False)
     plain = dataclasses.replace(CONFIG, model=text_only)
     found = changes(bound(plain, manifest), bound(plain, grown, "abd"))
@@ -114,7 +120,16 @@ def test_another_catalogue_is_fine_only_where_no_weight_belongs_to_its_rows() ->
         ("fact.catalog.left", "data"),
         ("fact.data.left", "data"),
     }
-    check_binding(found, "continue")
+    check_binding(found, under("continue"))
+
+
+def test_a_key_that_had_no_effect_is_not_said_to_have_been_none(manifest: Manifest) -> None:
+    patient = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, platform_patience=3))
+    found = changes(bound(CONFIG, manifest), bound(patient, manifest))
+    with pytest.raises(
+        StateMismatch, match=r"platform_patience: the checkpoint has none with an effect, this config 3"
+    ):
+        check_binding(found, under("same"))
 
 
 def test_a_longer_run_is_the_same_run_where_the_schedule_has_no_end(manifest: Manifest) -> None:
@@ -126,7 +141,7 @@ def test_a_longer_run_is_the_same_run_where_the_schedule_has_no_end(manifest: Ma
     assert longer(name="constant") == []
     assert longer(total_steps=1000) == []
     with pytest.raises(StateMismatch, match=r"(?s)schedule.total_steps: .*1000.*2000.*set schedule.total_steps=1000"):
-        check_binding(longer(), "same")  # type: ignore[arg-type]
+        check_binding(longer(), under("same"))  # type: ignore[arg-type]
 
 
 def test_eras_cover_their_own_steps_and_survive_json(manifest: Manifest) -> None:

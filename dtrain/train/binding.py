@@ -158,13 +158,23 @@ def binding(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     return found
 
 
+class _Absent:
+    """What a key has that `binding` leaves out, or that an older version did not know; None may be a value."""
+
+    def __repr__(self) -> str:
+        return "none with an effect"
+
+
+ABSENT = _Absent()
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A binding key with another value than in the checkpoint."""
 
     key: str
     kind: str
-    old: Any
+    old: Any  # or ABSENT
     new: Any
 
     def __str__(self) -> str:
@@ -176,28 +186,31 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     rows = any(now.get(f"model.{part}") for part in ("id_vectors", "item_bias", "memory"))
     found = []
     for key in sorted({*saved, *now}):
-        if saved.get(key) != now.get(key):
+        old, new = saved.get(key, ABSENT), now.get(key, ABSENT)
+        if old != new:
             kind = rule_of(key).kind
             if key.startswith("fact.catalog.") and (not rows or now["train.task"] != "recommend"):
                 kind = "data"
-            found.append(Change(key, kind, saved.get(key), now.get(key)))
+            found.append(Change(key, kind, old, new))
     return found
 
 
-def check_binding(found: Iterable[Change], resume_data: str) -> None:
-    """Raise StateMismatch naming every change that a resume with this `train.resume_data` refuses."""
+def check_binding(found: Iterable[Change], config: RunConfig) -> None:
+    """Raise StateMismatch naming every change that a resume with this config's `train.resume_data` refuses."""
     found = [change for change in found if change.kind != "best"]
     fixed = [change for change in found if change.kind == "fixed"]
     if fixed:
         raise StateMismatch(
             _listed(fixed, "can't change within a run")
             + "".join(f"\n  {why}" for why in dict.fromkeys(f"{rule_of(c.key).why}" for c in fixed))
+            + _facts_hint(fixed, config)
             + "\nRestore them, or start another run with run=OTHER_FOLDER"
         )
-    if found and resume_data == "same":
+    if found and config.train.resume_data == "same":
         raise StateMismatch(
             _listed(found, "decide what a step computes, and this run began otherwise")
             + _schedule_hint(found)
+            + _facts_hint(found, config)
             + "\nRestore them, start another run with run=OTHER_FOLDER, or go on from the checkpoint's weights and "
             "moments all the same: train.resume_data=continue takes the new values from here on, "
             "train.resume_data=restart begins the data again too"
@@ -210,9 +223,21 @@ def _listed(found: list[Change], what: str) -> str:
 
 def _schedule_hint(found: list[Change]) -> str:
     for change in found:
-        if change.key == "schedule.total_steps":
+        if change.key == "schedule.total_steps" and change.old is not ABSENT:
             return (
                 "\n  schedule.total_steps follows train.steps unless it is set. To train longer on the schedule that "
                 f"the run began with, set schedule.total_steps={change.old}; steps beyond it run at schedule.final"
             )
     return ""
+
+
+def _facts_hint(found: list[Change], config: RunConfig) -> str:
+    """Facts are no keys of the config: says which keys lead to them."""
+    both = [change for change in found if ABSENT not in (change.old, change.new)]  # not those of other data.platforms
+    keys = {change.key for change in both if change.key.startswith("fact.")}
+    lines = []
+    if keys - {"fact.tokenizer"}:
+        lines.append(f"data.path={config.data.path} holds other data than the run began with")
+    if "fact.tokenizer" in keys:
+        lines.append(f"model.encoder.name={config.model.encoder.name} has another tokenizer than the run began with")
+    return "".join(f"\n  {line}" for line in lines)

@@ -44,7 +44,7 @@ def go_on(config: RunConfig, inputs: Inputs, commit: Commit | None, world: World
     if commit is None:
         return state
     found = changes(commit.state["binding"], state.bound)
-    check_binding(found, config.train.resume_data)
+    check_binding(found, config)
     state.loop.restore(commit.state["loop"])
     state.link = commit.ledger
     _log_resume(commit, state, world)
