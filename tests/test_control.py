@@ -76,6 +76,10 @@ def test_a_share_at_rest_is_a_share() -> None:
     for key in ("patience", "platform_patience"):
         with pytest.raises(ConfigError, match=f"train.{key}=-1"):
             TrainConfig(**{key: -1})  # type: ignore[arg-type]
+        with pytest.raises(
+            ConfigError, match=f"train.{key}=2 counts validations, of which train.valid_every=0 makes one"
+        ):
+            TrainConfig(valid_every=0, **{key: 2})  # type: ignore[arg-type]
 
 
 # Stopping
@@ -334,6 +338,9 @@ def test_other_splits_and_catalogues_and_platforms_are_refused(tmp_path: Path) -
         compare_runs(run, [str(ranked(tmp_path, {"right": [1]}))])
     with pytest.raises(ConfigError, match="not valid; give --split"):
         compare_runs(run, [run], split="valid")
+    for nothing in (tmp_path, tmp_path / "nowhere", tmp_path / "metrics.json"):
+        with pytest.raises(ConfigError, match=f"{nothing}: no run folder"):
+            compare_runs(run, [str(nothing)])
     torn = tmp_path / "torn.arrow"
     torn.write_bytes(Path(run).read_bytes()[:-9])
     with pytest.raises(CorruptFile, match=r"torn\.arrow"):

@@ -104,6 +104,9 @@ def test_its_encoder_is_what_a_fine_tuning_begins_with(
     assert main(["train", str(config)]) == 0
     assert main(["evaluate", str(run)]) == 2
     assert "checkpoint to-hf" in capsys.readouterr().err
+    keys = ["train.task=recommend", "train.metric=mrr", f"train.init_from={run}", f"run={tmp_path}/begun"]
+    assert main(["train", str(run / "config.yaml"), *keys]) == 2
+    assert f"`dtrain checkpoint to-hf {run} --out DIR`, then model.encoder.name=DIR" in capsys.readouterr().err
 
 
 def test_a_cut_run_equals_an_unbroken_one(run: Path, shops: Path, tiny_encoder: Path, tmp_path: Path) -> None:

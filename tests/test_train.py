@@ -317,6 +317,9 @@ def test_a_cross_encoder_is_trained_and_evaluated_as_a_reranker(
     done = call(command("evaluate", str(tmp_path / "run"), f"evaluate.retriever={tmp_path / 'run'}"))
     assert done.returncode == 2
     assert "give a run of recommend" in done.stderr
+    done = call(command("evaluate", str(tmp_path / "run"), f"evaluate.retriever={tmp_path / 'nowhere'}"))
+    assert done.returncode == 2
+    assert f"evaluate.retriever={tmp_path / 'nowhere'}: no run folder" in done.stderr
     done = call(command("export", str(tmp_path / "run"), "--out", str(tmp_path / "out")))
     assert done.returncode == 6
     assert "train.task=rank" in done.stderr

@@ -117,6 +117,10 @@ def test_a_platform_of_the_same_build_keeps_its_own_parts(run: Path, shops: Path
         **own["platforms"]["kitchen"],
         "training": "",
     }
+    with pytest.raises(ConfigError, match=r"weights don't fit model\.dim=8 \(.*must be as in training"):
+        score_run(copy, ALONE, ["data.platforms=[kitchen]", "model.dim=8", *QUICK])
+    with pytest.raises(ConfigError, match=r"weights don't fit model\.user\.layers=2"):
+        score_run(copy, ALONE, ["model.user.layers=2", *QUICK])
     # The same data at another place is no other data.
     moved = tmp_path / "moved"
     shutil.copytree(shops, moved)
@@ -236,7 +240,7 @@ def test_weights_that_do_not_fit_are_refused_with_both_values(base: Path, other:
         ("deep", [f"model.encoder.name={deep}"], r"encoder.layer.1.*is in the checkpoint of .* and not in this config"),
         ("foreign", [f"model.encoder.name={foreign}"], r"tokenizer \w+, but that of .*foreign is \w+; .*tiny-bert"),
         ("step", ["train.init_checkpoint=5"], r"no checkpoint of step 5"),
-        ("nowhere", [f"train.init_from={tmp_path}/nowhere"], r"no run folder"),
+        ("nowhere", [f"train.init_from={tmp_path}/nowhere"], r"train\.init_from=.*/nowhere: no run folder"),
     ):
         with pytest.raises(ConfigError, match=expected):
             adapted(base, tmp_path / name, other, "data.platforms=[left,right]", *keys)

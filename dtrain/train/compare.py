@@ -41,7 +41,7 @@ def compare_runs(
 
     Each run is one whose best checkpoint was evaluated on `split`, or a ranks*.arrow of any evaluation.
 
-    Raises ConfigError for a run that was not evaluated, or has no platform in common; StateMismatch for ranks of
+    Raises ConfigError for what is no run or was not evaluated, or has no platform in common; StateMismatch for ranks of
     another checkpoint than the run's best, or of a platform with another split or catalogue; DataError where users
     can't be paired.
     """
@@ -96,13 +96,14 @@ def _open(run: str, split: str) -> KeptRanks:
         ranks = read_ranks(Path(run))
     else:
         files, name = RunFiles(run), f"ranks{_suffix(split)}.arrow"
-        files.fetch("config.yaml", name)
+        config = files.config()
+        files.fetch(name)
         path = files.path / name
         if not path.is_file():
             more = " evaluate.split=valid" if split == "valid" else ""
             raise ConfigError(f"{run}: no {name}, so it was not evaluated; run `dtrain evaluate {run}{more}`")
         ranks = read_ranks(path)
-        _check_best(run, ranks, load_section(CheckpointConfig, files.path / "config.yaml", "checkpoint"))
+        _check_best(run, ranks, load_section(CheckpointConfig, config, "checkpoint"))
     if ranks.about["split"] != split:
         raise ConfigError(f"{run}: has ranks of the {ranks.about['split']} split, not {split}; give --split")
     return ranks

@@ -20,6 +20,7 @@ from dtrain.core.errors import CheckpointError, ConfigError, StateMismatch
 from dtrain.core.state import FragmentSource
 from dtrain.data.manifest import Manifest
 from dtrain.model.recommender import Recommender
+from dtrain.train.binding import config_keys
 from dtrain.train.config import RunConfig
 from dtrain.train.merged import merged
 from dtrain.train.origin import Origin, fill, same_builds, seen
@@ -58,15 +59,12 @@ class OpenRun:
         return self.inputs.manifest
 
 
-def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_run_config(run: str | Path, overrides: Sequence[str] = (), key: str = "") -> RunConfig:
     """The resolved config of a run folder, with overrides, of which `data=X` is X and all of its platforms.
 
-    Raises ConfigError when it is no run folder.
+    Raises ConfigError when it is no run folder, which names the config's `key` that the run was given by, if any.
     """
-    files = RunFiles(run)
-    files.fetch("config.yaml")
-    if not (files.path / "config.yaml").is_file():
-        raise ConfigError(f"{files.url}: no run folder (config.yaml is missing); give the `run` of a training")
+    path = RunFiles(run).config(key)
     given = [
         part
         for override in overrides
@@ -76,7 +74,7 @@ def read_run_config(run: str | Path, overrides: Sequence[str] = ()) -> RunConfig
             else [override]
         )
     ]
-    return load_config(RunConfig, files.path / "config.yaml", given)
+    return load_config(RunConfig, path, given)
 
 
 def open_store(
@@ -97,7 +95,8 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice:
     platforms: with the run's shared weights, and neutral parts for each platform that it was not trained on (see
     `dtrain.model.transfer`).
 
-    Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of,
+    Raises CheckpointError when it is not there or not whole, ConfigError for a step that there is none of or overrides
+    of model.* that its weights don't fit,
     StateMismatch when the run's own data or the tokenizer are others now.
     """
     config, own = read_run_config(run, overrides), read_run_config(run)
@@ -113,10 +112,22 @@ def open_run(run: str | Path, comm: Comm, overrides: Sequence[str] = (), choice:
     model = build_module(pinned(config, files.path / "encoder"), inputs, pretrained=False)
     origin = Origin(files=files, config=config, commit=commit, source=merged(store.open(commit), config.train))
     kept = same_builds(origin, inputs) if other else []
-    if other and isinstance(model, Recommender):
-        fill(model, origin, inputs, kept)
-    else:
-        load_weights(model, origin.source)
+    try:
+        if other and isinstance(model, Recommender):
+            fill(model, origin, inputs, kept)
+        else:
+            load_weights(model, origin.source)
+    except (ConfigError, StateMismatch) as error:
+        trained = config_keys(own)
+        changed = [
+            f"{key}={value}"
+            for key, value in config_keys(config).items()
+            if key.startswith("model.") and value != trained[key]
+        ]
+        if not changed:
+            raise
+        fix = "model.* must be as in training; leave that out"
+        raise ConfigError(f"{run}: its weights don't fit {' '.join(changed)} ({error}); {fix}") from error
     return OpenRun(files, config, inputs, model.eval(), commit, seen(origin, inputs, kept) if other else {})
 
 

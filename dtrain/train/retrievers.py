@@ -15,7 +15,7 @@ from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.evaluate import model_scorer
 from dtrain.train.kept import catalog_vectors
-from dtrain.train.open import open_run
+from dtrain.train.open import open_run, read_run_config
 from dtrain.train.rerank import Reranker, transition_retrievers
 from dtrain.train.setup import Inputs
 from dtrain.train.subjects import ScorerOf, Subject, subjects
@@ -33,6 +33,7 @@ def open_retrievers(
     """
     if not run:
         return "transitions", transition_retrievers(manifest, platforms, comm)
+    read_run_config(run, key="evaluate.retriever")  # or it says that there is none
     opened = open_run(run, comm)
     model = opened.model.to(comm.device)
     if not isinstance(model, Recommender):

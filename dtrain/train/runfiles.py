@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dtrain.core.blobs import open_blobs
+from dtrain.core.errors import ConfigError
 from dtrain.core.local_blobs import LocalBlobs
 from dtrain.core.storage import is_temporary
 
@@ -96,6 +97,16 @@ class RunFiles:
         if self.remote:
             with ThreadPoolExecutor(self.blobs.reads_at_once, thread_name_prefix="dtrain-fetch") as readers:
                 list(readers.map(self._fetch, self._stored(names or _READ)))
+
+    def config(self, key: str = "") -> Path:
+        """The run's config.yaml. Raises ConfigError, which names the `key` that the run was given by, if there is none:
+        this is no run folder then."""
+        self.fetch("config.yaml")
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            given = f"{key}={self.url}" if key else self.url
+            raise ConfigError(f"{given}: no run folder (config.yaml is missing); give the `run` of a training")
+        return path
 
     def push(self) -> None:
         """Store the files that have changed since they were fetched or pushed. Safe to call from several threads."""

@@ -25,7 +25,6 @@ log = logging.getLogger("dtrain")
 
 #: Keys with which the same weights would be another function.
 _SAME = (
-    "train.task",
     "model.dim",
     "model.project",
     "model.standardize",
@@ -48,7 +47,8 @@ def start_from(model: Recommender, config: RunConfig, inputs: Inputs, comm: Comm
     CheckpointError when it has no whole checkpoint.
     """
     run, choice = config.train.init_from, config.train.init_checkpoint
-    theirs = read_run_config(run)
+    theirs = read_run_config(run, key="train.init_from")
+    _check_task(theirs, run)
     _check_same(theirs, config)
     store = open_store(run, theirs, comm)
     commit = find_checkpoint(store, choice)
@@ -89,6 +89,15 @@ def choose_trained(model: Recommender, config: RunConfig) -> None:
             ) from None
         torch.manual_seed(seed_of(config.plan.seed, "lora"))
         add_lora(model.encoder, config.train.lora)
+
+
+def _check_task(theirs: RunConfig, run: str) -> None:
+    if theirs.train.task != "recommend":
+        raise ConfigError(
+            f"train.init_from={run}: a run of train.task={theirs.train.task}, which has no weights of a retriever but "
+            f"the encoder's; take those: `dtrain checkpoint to-hf {run} --out DIR`, then model.encoder.name=DIR and no "
+            "train.init_from"
+        )
 
 
 def _check_same(theirs: RunConfig, ours: RunConfig) -> None:
