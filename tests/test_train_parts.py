@@ -9,6 +9,7 @@ import pytest
 
 from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
+from dtrain.train.config import DataConfig, DistConfig
 from dtrain.train.runfiles import RunFiles
 from dtrain.train.runfolder import RunFolder, is_gone, read_outcome
 from dtrain.train.stopping import Stopping, aggregate
@@ -128,3 +129,12 @@ def test_the_world_is_read_from_the_launcher_and_contradictions_are_refused() ->
     ):
         with pytest.raises(ConfigError, match="RANK"):
             World.from_env(bad)
+
+
+def test_a_config_of_processes_or_platforms_names_the_key_at_fault() -> None:
+    with pytest.raises(ConfigError, match=r"^dist\.threads=-1: must be at least 0"):
+        DistConfig(threads=-1)
+    with pytest.raises(ConfigError, match=r"^dist\.timeout_s=0: must be above 0"):
+        DistConfig(timeout_s=0)
+    with pytest.raises(ConfigError, match=r"^data\.platforms=\[a, b, a\]: a is named twice"):
+        DataConfig(path="p", platforms=["a", "b", "a"])

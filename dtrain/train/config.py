@@ -33,6 +33,11 @@ class DataConfig:
     platforms: list[str] = field(default_factory=list)  # names to use, in this order; empty: all
     cache: CacheConfig = field(default_factory=CacheConfig)  # of what lies elsewhere, on each node
 
+    def __post_init__(self) -> None:
+        twice = [name for name in dict.fromkeys(self.platforms) if self.platforms.count(name) > 1]
+        if twice:
+            raise ConfigError(f"data.platforms=[{', '.join(self.platforms)}]: {twice[0]} is named twice; name it once")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistConfig:
@@ -42,10 +47,10 @@ class DistConfig:
     threads: int = 0  # CPU threads of a rank; 0: this machine's cores shared evenly by its ranks
 
     def __post_init__(self) -> None:
-        if self.timeout_s <= 0 or self.threads < 0:
-            raise ConfigError(
-                f"dist.timeout_s={self.timeout_s} must be above 0 and dist.threads={self.threads} not below"
-            )
+        if not self.timeout_s > 0:
+            raise ConfigError(f"dist.timeout_s={self.timeout_s}: must be above 0; 600 suits most networks")
+        if self.threads < 0:
+            raise ConfigError(f"dist.threads={self.threads}: must be at least 0, which shares the cores evenly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +109,12 @@ class TrainConfig:
                 f"train.metric={self.metric!r} is not measured by train.task={self.task}; accuracy, the share of "
                 "hidden tokens that are told, is pretrain's only metric and of no other task"
             )
+        for key in ("patience", "platform_patience"):
+            if getattr(self, key) and not self.valid_every:
+                raise ConfigError(
+                    f"train.{key}={getattr(self, key)} counts validations, of which train.valid_every=0 makes one, "
+                    f"at the end; set train.valid_every, or train.{key}=0"
+                )
         check_choice("train.init_checkpoint", self.init_checkpoint)
         if self.init_from and self.task != "recommend":
             raise ConfigError(f"train.init_from={self.init_from}: is for train.task=recommend, not {self.task}")
