@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from dtrain.cli.main import main
+from dtrain.cli.main import main, run
 from dtrain.core.storage import read_json
 from tests.conftest import Cli
 from tests.store_toys import store_in
@@ -99,3 +100,28 @@ def test_another_checkpoint_than_the_best_is_evaluated_and_exported(
     exported = AutoModel.from_pretrained(tmp_path / "out", use_safetensors=True)
     wanted = saved(trained, 2)
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in exported.named_parameters())
+
+
+def test_a_place_that_takes_no_folder_is_named_and_not_traced(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("run: x")
+    for arguments, told in (
+        (["checkpoint", "to-hf", str(trained), "--out", f"{taken}/hf"], f"{taken}/hf: Not a directory; a file is in"),
+        (
+            ["checkpoint", "to-hf", str(trained), "--out", "/proc/hf"],
+            "/proc/hf: No such file or directory; give a path",
+        ),
+        (["train", str(trained / "config.yaml"), f"run={taken}"], f"{taken}: File exists; something else is there"),
+    ):
+        assert main(arguments) == 3
+        assert f"dtrain: error: {told}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_that_names_no_path_is_no_users_mistake() -> None:
+    def command() -> int:
+        raise PermissionError(errno.EACCES, "no")
+
+    with pytest.raises(PermissionError):
+        run(command)

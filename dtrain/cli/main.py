@@ -10,14 +10,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dtrain.core.errors import ConfigError, DataError, DtrainError, Interrupted
+from dtrain.core.storage import final_name, is_temporary
 from dtrain.core.world import World
 
 __all__ = ["main", "run"]
 
 _WAITING = ("dtrain-save", "dtrain-vote")  # threads of the checkpoint store, when a run ends in the middle of a save
+
+_PATHS = {  # what may be wrong with a path, and what helps
+    errno.EEXIST: "something else is there; give another path",
+    errno.ENOENT: "give a path that is there, or one to write below a folder that takes files",
+    errno.ENOTDIR: "a file is in the place of a folder; give another path",
+    errno.EISDIR: "a folder is in the place of a file; give another path",
+    errno.EACCES: "give a path that this user may read and write, or change who may",
+    errno.EPERM: "give a path that this user may read and write, or change who may",
+    errno.EROFS: "nothing can be written there; give another path",
+}
 
 _OVERRIDES = "then any a.b=c overrides"
 
@@ -57,18 +69,26 @@ def run(command: Callable[[], int]) -> int:
         print(f"{who}: the reader of the output has gone ({error.strerror})", file=sys.stderr, flush=True)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        said = _about(error)
+        if said is None:
             raise
-        place = error.filename or "the output folder"
-        print(
-            f"{who}: error: no space left for {place}; what was complete before is intact. Free space and run again",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{who}: error: {said}", file=sys.stderr, flush=True)
         return DataError.exit_code
     except KeyboardInterrupt:
         print(f"{who}: interrupted; what was committed before is intact", file=sys.stderr, flush=True)
         return 130
+
+
+def _about(error: OSError) -> str | None:
+    """What a user can do about a path or a disk; None for other errors, which are bugs."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        place = error.filename or "the output folder"
+        return f"no space left for {place}; what was complete before is intact. Free space and run again"
+    if error.errno in _PATHS and isinstance(error.filename, str | Path):
+        path = Path(error.filename)
+        shown = path.with_name(final_name(path.name)) if is_temporary(path.name) else path
+        return f"{shown}: {error.strerror}; {_PATHS[error.errno]}"
+    return None
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ from dtrain.core.errors import CheckpointError
 __all__ = [
     "atomic_file",
     "checked_path",
+    "final_name",
     "fsync_dir",
     "is_temporary",
     "json_text",
@@ -60,6 +61,11 @@ def make_folders(path: Path) -> None:
 def temporary_name(name: str) -> str:
     """A new name for an unfinished neighbour of the file `name`."""
     return f".{name}.{secrets.token_hex(4)}.tmp"
+
+
+def final_name(temporary: str) -> str:
+    """The name that `temporary_name` was made of."""
+    return temporary[1:].rsplit(".", 2)[0]
 
 
 def is_temporary(name: str) -> bool:
