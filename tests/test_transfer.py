@@ -106,17 +106,21 @@ def test_a_platform_of_the_same_build_keeps_its_own_parts(run: Path, shops: Path
     shutil.copytree(run, copy)
     score_run(copy, ALONE, QUICK)
     table = score_run(copy, ALONE, [f"data.path={both}", "data.platforms=[left,kitchen]", *QUICK])
-    own, found = read_json(copy / "metrics.json"), read_json(copy / "metrics-both.json")
+    own, found = read_json(copy / "metrics.json"), read_json(copy / "metrics-both+kitchen+left.json")
     assert found["platforms"]["kitchen"].pop("training") == "trained on"
     assert found["platforms"]["kitchen"] == own["platforms"]["kitchen"]
     assert found["platforms"]["left"]["training"] == "never seen in training"
     assert "kitchen: trained on" in table
     # Some of the run's own platforms, from its own folder.
     assert "trained on" in score_run(copy, ALONE, ["data.platforms=[kitchen]", *QUICK])
-    assert read_json(copy / f"metrics-{shops.name}.json")["platforms"]["kitchen"] | {"training": ""} == {
+    assert read_json(copy / f"metrics-{shops.name}+kitchen.json")["platforms"]["kitchen"] | {"training": ""} == {
         **own["platforms"]["kitchen"],
         "training": "",
     }
+    score_run(copy, ALONE, ["data.platforms=[garden]", *QUICK])  # writes over none of them
+    for name in ("both+kitchen+left", f"{shops.name}+kitchen", f"{shops.name}+garden"):
+        assert (copy / f"metrics-{name}.json").is_file()
+        assert (copy / f"ranks-{name}.arrow").is_file()
     with pytest.raises(ConfigError, match=r"weights don't fit model\.dim=8 \(.*must be as in training"):
         score_run(copy, ALONE, ["data.platforms=[kitchen]", "model.dim=8", *QUICK])
     with pytest.raises(ConfigError, match=r"weights don't fit model\.user\.layers=2"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dtrain.core.comm import Comm
 from dtrain.core.errors import ConfigError
+from dtrain.core.fingerprint import fingerprint
 from dtrain.core.storage import read_json, write_json
 from dtrain.model.recommender import Recommender
 from dtrain.train.baselines import untuned_encoder
@@ -23,14 +24,16 @@ from dtrain.train.table import render_table
 
 __all__ = ["read_metrics", "score_run"]
 
+_LONGEST = 150  # characters of what a file is called after; file systems take names of 255 bytes
+
 
 def score_run(run: str | Path, comm: Comm, overrides: Sequence[str] = ()) -> str:
     """Evaluate a checkpoint of `run` and return the table for people. Collective; rank 0 writes the files.
 
     The checkpoint is `evaluate.checkpoint`. The run's own metrics, metrics.json and the report, are of its best. On
-    other data than the run's (see `open_run`), the file is called after their folder, and its platforms' blocks say
-    under "training" what the run has seen of them. Each metrics*.json has a ranks*.arrow beside it with the ranks that
-    it is made of, see `dtrain.train.ranks`.
+    other data than the run's (see `open_run`), the file is called after their folder and the platforms chosen there, if
+    any, and its platforms' blocks say under "training" what the run has seen of them. Each metrics*.json has a
+    ranks*.arrow beside it with the ranks that it is made of, see `dtrain.train.ranks`.
     """
     config, task = read_run_config(run, overrides).evaluate, read_run_config(run).train.task
     if task == "pretrain":
@@ -85,14 +88,19 @@ def _ranks_name(metrics_name: str) -> str:
 
 
 def _data_name(opened: OpenRun) -> str:
-    """What a prepared folder is called. Raises ConfigError for the name of another file's kind."""
+    """What a prepared folder is called, and which of its platforms are ranked if it isn't all: FOLDER+a+b.
+
+    Raises ConfigError for the name of another file's kind.
+    """
     name = str(opened.manifest.root).rstrip("/").rpartition("/")[2]
     if name == "valid" or name.startswith(("step-", "valid-")):
         raise ConfigError(
             f"data={opened.manifest.root}: metrics-{name}.json would be what another evaluation of the run writes; "
             "give it by a link of another name"
         )
-    return name
+    chosen = sorted(opened.config.data.platforms)
+    listed = "+".join([name, *chosen])
+    return listed if len(listed) <= _LONGEST else f"{name}+{len(chosen)}-platforms-{fingerprint(chosen)}"
 
 
 def _retriever_metrics(opened: OpenRun, model: Recommender, comm: Comm, ranks: Ranks) -> dict[str, Any]:
