@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from benchmarks.soak import out_of
 from dtrain.cli.main import main as dtrain
 from dtrain.core.config import load_config
 from dtrain.core.storage import read_jsonl
@@ -361,5 +362,6 @@ def run(parts: list[str], out: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    out = out_of(__doc__)
     asked = os.environ.get("SOAK_PARTS", ",".join(PARTS)).split(",")
-    sys.exit(run(asked, Path(sys.argv[1]) if len(sys.argv) > 1 else None))
+    sys.exit(run(asked, out))

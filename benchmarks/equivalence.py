@@ -11,6 +11,7 @@ QUICK=1 leaves out bf16.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -132,8 +133,16 @@ def worst(ours: list[tuple[float, float]], oracle: list[tuple[float, float]]) ->
 
 
 def main() -> int:
-    data = str(Path(sys.argv[1]).resolve())
-    work = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp(prefix="dtrain-equivalence-")).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DATA", help="the demo's prepared folder")
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="folder for runs and logs (default: a new one)"
+    )
+    args = parser.parse_args()
+    if not (args.data / "manifest.json").is_file():
+        parser.error(f"{args.data}: no manifest.json, so this is no prepared folder; run `make demo` first")
+    data = str(args.data.resolve())
+    work = (args.out or Path(tempfile.mkdtemp(prefix="dtrain-equivalence-"))).resolve()
     make_encoder(work / "encoder")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for launcher, command in {"oracle": [sys.executable], **launchers()}.items():

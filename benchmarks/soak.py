@@ -11,6 +11,7 @@ it to OUT.md, and ends with exit code 1 when any row failed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -168,6 +169,14 @@ def kills(arena: Arena) -> Iterator[Row]:
         number += 1
 
 
+def out_of(about: str | None) -> Path | None:
+    """The command line of a soak, described by `about`: where its table goes, too."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT.md", help="file to write the table to")
+    out: Path | None = parser.parse_args().out
+    return out
+
+
 PARTS: dict[str, Callable[[Arena], Iterator[Row]]] = {
     "injected": faults,
     "damage": damage,
@@ -180,6 +189,7 @@ PARTS: dict[str, Callable[[Arena], Iterator[Row]]] = {
 
 
 def main() -> int:
+    out = out_of(__doc__)
     names = os.environ.get("SOAK_PARTS", ",".join(PARTS)).split(",")
     rows: list[tuple[Row, float]] = []
     began = time.monotonic()
@@ -206,8 +216,8 @@ def main() -> int:
     took = f"{len(rows)} rows, {failed} failed, {minutes:.1f} minutes on {os.cpu_count()} cores ({platform.machine()})"
     text = "\n".join([*table, "", took]) + "\n"
     print(f"\n{text}", end="")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
     return 1 if failed else 0
 
 

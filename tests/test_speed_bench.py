@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from dtrain.data.prepare import prepare
 from dtrain.engine.config import EngineConfig
 from dtrain.model.config import EncoderConfig
 from tests.prepare_toys import config_of, random_rows, write_shop
+from tests.train_toys import call
 
 ALONE = Comm(World(), torch.device("cpu"))
 BATCH, STEPS, LR = 6, 5, 1e-3
@@ -245,3 +247,22 @@ def test_the_curve_of_a_peer_ranks_unseen_items_by_cosine(tmp_path: Path) -> Non
     # The first user has seen `a`, so that `b` is best; for the second, `a` is ahead of the target.
     assert curve.points[0]["valid"]["shop"]["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
     assert not curve.due(19.0)
+
+
+@pytest.mark.parametrize("name", ["soak", "cluster_soak", "equivalence", "speed"])
+def test_who_asks_a_benchmark_for_help_gets_it(name: str) -> None:
+    done = call([sys.executable, "-m", f"benchmarks.{name}", "--help"], timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {name}.py [-h]")
+
+
+def test_data_that_is_not_there_ends_a_benchmark_before_anything_is_made(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    speed = ["benchmarks.speed", "--data", str(nowhere), "--work", str(tmp_path / "work")]
+    for command, code in ((speed, 3), (["benchmarks.equivalence", str(nowhere), str(tmp_path / "work")], 2)):
+        done = call([sys.executable, "-m", *command], timeout_s=60)
+        assert done.returncode == code
+        assert f"{nowhere}" in done.stderr
+        assert "manifest.json" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
