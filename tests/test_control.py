@@ -199,7 +199,7 @@ def test_a_platform_rests_and_says_so(whole: Path, capsys: pytest.CaptureFixture
     text = (whole / "log.txt").read_text()
     assert "step 9: kitchen has no new best ndcg@10 since step 3 (0.2000), which is 2 validations" in text
     facts = json.loads((whole / "facts.json").read_text())
-    assert facts["at_rest"] == ["kitchen"]
+    assert facts["at_rest"] == ["garden", "kitchen"]
     assert facts["mixture"] == rests[SEGMENT]["mixture"]
     assert json.loads((whole / "outcome.json").read_text())["status"] == "stopped_early"
     assert "From step 9 on at rest: kitchen." in write_report(whole).read_text()

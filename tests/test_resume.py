@@ -30,6 +30,7 @@ from dtrain.train.setup import Inputs
 from tests.store_toys import newest
 from tests.stream_toys import bare_manifest
 from tests.train_toys import ROOT, losses, run_config, write_shops
+from tests.transfer_toys import weights
 
 CONFIG = RunConfig(run="r", data=DataConfig(path="p"), model=ModelConfig(encoder=EncoderConfig(name="e")))
 
@@ -231,6 +232,31 @@ def test_another_batch_begins_an_era_and_restart_begins_one_in_any_case(
         steps = losses(run)
         assert [step for step, *_ in steps] == list(range(1, 21))
         assert np.mean([loss for _, loss, _ in steps[8:]]) < np.mean([loss for _, loss, _ in steps[:4]])
+
+
+def test_a_run_that_comes_to_count_on_remembered_vectors_remembers_every_item(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    few, train = {"samples": 2, "negatives": 1}, {"steps": 1, "valid_every": 0, "checkpoint_every": 1}
+    config = run_config(tmp_path / "begun", shops, tiny_encoder, plan=few, train=train)
+
+    def forgotten(run: Path, *keys: str) -> int:
+        """Items without a remembered vector at the end of the run, with these keys."""
+        more = [f"run={run}", "schedule.total_steps=9", *keys]
+        assert run_job(load_config(RunConfig, config, more), World()) == "completed"
+        return int((weights(run)["memory.vector_IH"] == 0).all(1).sum())
+
+    assert forgotten(tmp_path / "first") > 20  # one step meets few items
+    assert forgotten(tmp_path / "validated", "train.valid_remembered=true") == 0
+    for name, keys in (
+        ("steps", ["train.resume_data=continue", "batch.fresh_items=1"]),
+        ("validations", ["train.valid_remembered=true"]),
+        ("neither", []),
+    ):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+        left = forgotten(tmp_path / name, "train.steps=2", *keys)
+        assert (left == 0) == (name != "neither")
+        assert ("they are encoded" in (tmp_path / name / "log.txt").read_text()) == (left == 0)
 
 
 def test_new_data_is_refused_then_taken_and_the_audit_says_what_it_can_not_check(

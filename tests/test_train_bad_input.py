@@ -52,12 +52,15 @@ def test_another_tokenizer_is_refused(tmp_path: Path, shops: Path, tiny_encoder:
     shutil.copytree(tiny_encoder, encoder)
     config = run_config(tmp_path, shops, encoder, train=SHORT)
     assert call(command("train", str(config))).returncode == 0
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["status"] == "completed"
     before = sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "commits").iterdir())
     tokenizer = json.loads((encoder / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["lamp"], vocabulary["chair"] = vocabulary["chair"], vocabulary["lamp"]
     (encoder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     refused(call(command("train", str(config), "train.steps=6", "schedule.total_steps=4")), 4, "fact.tokenizer")
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text()) == outcome  # what it had come to stays
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints" / "commits").iterdir()) == before
 
 
@@ -71,6 +74,24 @@ def test_an_encoder_that_is_not_there_or_has_no_tokenizer_is_named(
     for name, why in ((wordless, "has no tokenizer (tokenizer.json or"), (tmp_path / "nowhere", "no such folder")):
         done = call(command("train", str(config), f"model.encoder.name={name}"))
         refused(done, 2, f"model.encoder.name='{name}': {why}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["batch.fresh_items=0"], ["batch.fresh_items=0", "model.freeze.policy=nothing", "all_but_heads"]),
+        (
+            ["train.task=pretrain", "train.metric=accuracy", "model.freeze.policy=all_but_heads"],
+            ["model.freeze.policy=all_but_heads", "train.task=pretrain", "model.freeze.policy=nothing"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_an_encoder_that_is_to_learn_but_cannot_is_refused(
+    tmp_path: Path, shops: Path, tiny_encoder: Path, keys: list[str], words: list[str], option: list[str]
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train=SHORT)
+    refused(call(command("train", str(config), *keys, *option)), 2, *words)
 
 
 def test_a_platform_with_fewer_samples_than_ranks_trains(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -158,6 +158,12 @@ class RunConfig:
                 "step into more micro-batches than there are samples; lower it"
             )
 
+    @property
+    def counts_on_memory(self) -> bool:
+        """Whether a step or a validation may take the remembered vector of any item."""
+        remembers = self.train.task == "recommend" and self.model.memory
+        return remembers and (self.batch.fresh_items is not None or self.train.valid_remembered)
+
     def completed(self) -> RunConfig:
         """With what one section takes from another filled in: the schedule spans the run."""
         if self.schedule.total_steps:

@@ -15,7 +15,7 @@ from dtrain.model.build import describe, train_flops_per_token
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
 from dtrain.train.costs import sample_costs
-from dtrain.train.setup import Inputs, build_module, open_inputs
+from dtrain.train.setup import Inputs, build_module, check_encoder, open_inputs
 from dtrain.train.transfer import choose_trained
 
 __all__ = ["describe_run"]
@@ -57,6 +57,7 @@ def _memory_lines(config: RunConfig, inputs: Inputs, world: World, device: torch
     model = build_module(config, inputs, pretrained=True)
     if isinstance(model, Recommender):
         choose_trained(model, config)
+    check_encoder(model, config)
     about = describe(model)
     precision = resolve_precision(config.engine.precision, device)
     parts = estimate(

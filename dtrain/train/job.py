@@ -34,10 +34,10 @@ from dtrain.train.config import RunConfig
 from dtrain.train.feed import RunFeed
 from dtrain.train.loop import Loop
 from dtrain.train.open import open_store
-from dtrain.train.resume import RunState, go_on
+from dtrain.train.resume import RunState, go_on, memory_is_stale
 from dtrain.train.runfolder import Observer, RunFolder, open_log, versions
 from dtrain.train.saving import RunSaver
-from dtrain.train.setup import Inputs, build_module, open_inputs, prime
+from dtrain.train.setup import Inputs, build_module, check_encoder, open_inputs, prime, remember_all
 from dtrain.train.stopflag import StopFlag
 from dtrain.train.transfer import choose_trained, start_from
 from dtrain.train.validation import validator
@@ -87,7 +87,10 @@ def run_job(config: RunConfig, world: World, stop: StopFlag | None = None, start
                 f"rank {world.rank} lost another rank, which has died or hung for dist.timeout_s="
                 f"{config.dist.timeout_s:g} s ({error}). See the other ranks' logs, then start the run again"
             )
-        folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=folder.wall_s())
+        if not folder.started and folder.previous.get("status") in ("completed", "stopped_early"):
+            folder.outcome(**folder.previous)  # a finished run that this start would not go on with stays as it is
+        else:
+            folder.outcome("failed", error=f"{type(error).__name__}: {error}", wall_s=folder.wall_s())
         raise error
     except KeyboardInterrupt:
         folder.outcome("interrupted", wall_s=folder.wall_s())
@@ -179,6 +182,7 @@ def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStor
         if commit is None and config.train.init_from:
             start_from(model, config, inputs, comm)
         choose_trained(model, config)
+    check_encoder(model, config)
     model.to(comm.device)
     if commit is None and isinstance(model, Recommender):
         prime(model, inputs, comm, config)
@@ -186,6 +190,9 @@ def _engine(config: RunConfig, inputs: Inputs, comm: Comm, store: CheckpointStor
     engine = build_engine(config.engine, config.optimizer, config.schedule, model, parameter_roles(model), comm)
     if commit is not None:
         engine.load(store.open(commit), commit.state["engine"])
+        if memory_is_stale(config, inputs, commit):
+            log.info("what is remembered of the texts is not of all of them as they are now: they are encoded")
+            remember_all(engine, inputs, comm, config)
     engine.module.train()
     return engine
 

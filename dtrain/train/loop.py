@@ -264,6 +264,7 @@ class Loop:
             )
         if state.exhausted:
             log.info("step %d: that is the last of those that are validated; the run stops", state.step)
+            self.folder.amend({"at_rest": list(state.resting)})
             return {"at_rest": list(state.resting)}
         shares = dict(self.feed.rest(state.resting))
         each = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())

@@ -17,7 +17,7 @@ from dtrain.train.loop import LoopState
 from dtrain.train.setup import Inputs
 from dtrain.train.stopping import Stopping
 
-__all__ = ["RunState", "go_on", "mixture_of"]
+__all__ = ["RunState", "go_on", "memory_is_stale", "mixture_of"]
 
 log = logging.getLogger("dtrain")
 
@@ -67,6 +67,15 @@ def go_on(config: RunConfig, inputs: Inputs, commit: Commit | None, world: World
     if state.loop.resting:
         log.info("at rest: %s", ", ".join(state.loop.resting))
     return state
+
+
+def memory_is_stale(config: RunConfig, inputs: Inputs, commit: Commit) -> bool:
+    """Whether the run counts on remembered vectors of all items from here on, but the checkpoint may lack some, or has
+    those of other texts."""
+    saved, now = commit.state["binding"], binding(config, inputs)
+    had_all = saved.get("batch.fresh_items") is not None or saved.get("train.valid_remembered", False)
+    same = all(saved.get(key) == value for key, value in now.items() if key.startswith("fact.data."))
+    return config.counts_on_memory and not (had_all and same)
 
 
 def _new_loop(config: RunConfig, inputs: Inputs) -> LoopState:

@@ -141,6 +141,11 @@ class RunFolder:
         """The encoder's Hugging Face config and tokenizer, so that a run can be opened without its origin."""
         return self.path / "encoder"
 
+    @property
+    def started(self) -> bool:
+        """Whether this start has got as far as to write what its run is; of who `writes`."""
+        return self._log is not None
+
     def requested(self) -> str | None:
         """Why a request asks this start to stop; None where there is none, or storage is away."""
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dtrain.batches.items import Items
@@ -21,6 +21,7 @@ from dtrain.data.catalog import Catalog
 from dtrain.data.manifest import Manifest
 from dtrain.data.neighbours import open_neighbours
 from dtrain.data.trends import open_trends
+from dtrain.engine.protocol import Engine
 from dtrain.model.build import build_cross_encoder, build_masked_model, build_model
 from dtrain.model.encoder import check_folder
 from dtrain.model.recommender import Recommender
@@ -28,7 +29,7 @@ from dtrain.train.config import RunConfig
 from dtrain.train.kept import catalog_vectors
 from dtrain.train.vectors import EvenSample, encode_catalog
 
-__all__ = ["Inputs", "build_module", "open_inputs", "pinned", "prime"]
+__all__ = ["Inputs", "build_module", "check_encoder", "open_inputs", "pinned", "prime", "remember_all"]
 
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # one of which every kind of tokenizer has
 _STATISTICS = 4096  # items of each platform that the statistics of text vectors are taken from
@@ -114,13 +115,28 @@ def build_module(config: RunConfig, inputs: Inputs, *, pretrained: bool) -> nn.M
     return build_model(config.model, config.objective, sizes, events, pretrained=pretrained)
 
 
+def check_encoder(model: nn.Module, config: RunConfig) -> None:
+    """Raises ConfigError where the encoder is to be trained but no step would, or the reverse."""
+    trains, task = any(p.requires_grad for p in model.encoder.parameters()), config.train.task  # type: ignore[union-attr]
+    policy = f"model.freeze.policy={config.model.freeze.policy}"
+    if task == "pretrain" and not trains:
+        raise ConfigError(f"{policy} freezes all that train.task=pretrain trains; set model.freeze.policy=nothing")
+    if task == "recommend" and trains and config.batch.fresh_items == 0:
+        what = "train.adapt=lora" if config.train.adapt == "lora" else policy
+        raise ConfigError(
+            f"batch.fresh_items=0: no step encodes a text, so the encoder can't learn what {what} has it learn; set "
+            "batch.fresh_items=1 or more (null: every item of a step), or "
+            f"{'train.adapt=adapters' if config.train.adapt == 'lora' else 'model.freeze.policy=all_but_heads'}"
+        )
+
+
 def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> None:
     """What a new run takes from the encoder it begins with: statistics of text vectors, and remembered vectors.
 
-    Encodes the whole catalogue where steps will count on remembered vectors, else an even sample of it. The statistics
-    of a run that begins with another's weights are that one's, which its projection was trained on. Collective.
+    Encodes the whole catalogue where the run counts on remembered vectors, else an even sample of it. The statistics of
+    a run that begins with another's weights are that one's, which its projection was trained on. Collective.
     """
-    whole = config.batch.fresh_items is not None
+    whole = config.counts_on_memory
     fits = config.model.standardize and not config.train.init_from
     if not (fits or whole):
         return
@@ -134,9 +150,22 @@ def prime(model: Recommender, inputs: Inputs, comm: Comm, config: RunConfig) -> 
     text_NH = text_NH.to(comm.device)
     if fits:
         model.items.standardize.fit(text_NH)
-    if whole and model.memory is not None:
-        model.memory.write(torch.arange(len(text_NH), device=comm.device), text_NH)
+    if whole:
+        _remember(model, text_NH)
     model.train(training)
+
+
+def remember_all(engine: Engine, inputs: Inputs, comm: Comm, config: RunConfig) -> None:
+    """Have the encoder, as it is now, encode what the model remembers of every item. Collective."""
+    with engine.whole_weights() as model:
+        assert isinstance(model, Recommender)
+        caches, cells = list(inputs.caches.values()), config.evaluate.batch_tokens
+        _remember(model, encode_catalog(model.encode_texts, caches, comm, batch_tokens=cells).to(comm.device))
+
+
+def _remember(model: Recommender, text_NH: Tensor) -> None:
+    if model.memory is not None:
+        model.memory.write(torch.arange(len(text_NH), device=text_NH.device), text_NH)
 
 
 def pinned(config: RunConfig, encoder: Path) -> RunConfig:
