@@ -63,6 +63,7 @@ def test_configs_read_from_yaml(tmp_path: Path) -> None:
         ({"train_batch_size": 8}, "train_batch_size: this key is dtrain's"),
         ({"optimizer": {"type": "Adam"}}, r"set optimizer\.\* instead"),
         ({"bf16": {"enabled": True}}, "bf16.enabled: this key is dtrain's; set engine.precision"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow: .* a step that is not finite is skipped"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: this key is dtrain's; set engine.zero_stage"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from dtrain.batches import masked
 from dtrain.batches.items import Items
 from dtrain.batches.masked import Masker, held_out
 from dtrain.cli.main import main
@@ -53,11 +54,11 @@ def test_hidden_tokens_are_their_share_and_replaced_as_in_bert(items: Items, tin
     long = (lengths - 2 >= 5)[np.repeat(np.arange(len(rows)), lengths)]
     share = np.isin(np.flatnonzero(long & ~special_T), at_M).mean()
     assert share == pytest.approx(0.3 + 0.7**5 * 0.2 * 0.7, abs=0.05)
-    masked = id_T[at_M] == tokenizer.mask_token_id
+    hidden = id_T[at_M] == tokenizer.mask_token_id
     same = id_T[at_M] == label_M
-    assert masked.mean() == pytest.approx(0.8, abs=0.01)
+    assert hidden.mean() == pytest.approx(0.8, abs=0.01)
     assert same.mean() == pytest.approx(0.1, abs=0.015)  # and sometimes the random token is the one that stood there
-    assert len(set(id_T[at_M][~masked & ~same].tolist())) > 20
+    assert len(set(id_T[at_M][~hidden & ~same].tolist())) > 20
 
 
 def test_held_out_texts_are_of_every_platform_and_few(items: Items) -> None:
@@ -65,6 +66,51 @@ def test_held_out_texts_are_of_every_platform_and_few(items: Items) -> None:
     for start, stop, rows in zip(items.offset_P, items.offset_P[1:], held):
         assert 1 <= len(rows) < 0.1 * (stop - start)
         assert ((rows >= start) & (rows < stop)).all()
+
+
+class Texts:
+    """Items of which only the token ids count."""
+
+    def __init__(self, *platforms: list[int]) -> None:
+        """Each text is one number."""
+        self.platforms = platforms
+        self.offset_P = np.cumsum([0, *map(len, platforms)])
+        self._all = np.array([text for texts in platforms for text in texts], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def ids(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        framed = np.stack([np.full(len(row_N), 101), self._all[row_N], np.full(len(row_N), 102)], 1)
+        return framed.ravel(), np.full(len(row_N), 3)
+
+
+def kept_apart(*platforms: list[int]) -> tuple[list[set[int]], list[set[int]]]:
+    """(texts held out, texts trained on) of each platform."""
+    items: Any = Texts(*platforms)
+    parts = (held_out(items), masked._trained(items))
+    held, trains = ([{int(items._all[row]) for row in rows} for rows in part] for part in parts)
+    for own, rows in zip(held, parts[0], strict=True):
+        assert len(own) == len(rows)  # one row of each text
+    return held, trains
+
+
+def test_a_text_of_several_platforms_is_held_out_of_all_of_them() -> None:
+    first, second, third = list(range(300)), [*range(150, 1000), *range(150, 160)], [5000, 5000]
+    held, trains = kept_apart(first, second, third)
+    assert [len(own) for own in held] >= [6, 17, 0]
+    assert not set.union(*held) & set.union(*trains)
+    assert held[0] & held[1]
+    assert (held[0] & set(second)) == (held[1] & set(first))
+    assert [own | rest for own, rest in zip(held, trains, strict=True)] == [set(first), set(second), set(third)]
+
+
+def test_a_platform_keeps_a_text_to_train_on_though_others_hold_out_all_that_it_has() -> None:
+    held, _ = kept_apart(list(range(300)))
+    few = sorted(held[0])[:2]
+    held, trains = kept_apart(list(range(300)), few)
+    assert len(held[1]) == len(trains[1]) == 1
+    assert not set.union(*held) & set.union(*trains)
 
 
 def trained(folder: Path, shops: Path, encoder: Path, **sections: Any) -> Path:

@@ -76,6 +76,18 @@ def test_an_encoder_that_is_not_there_or_has_no_tokenizer_is_named(
         refused(done, 2, f"model.encoder.name='{name}': {why}")
 
 
+def test_data_without_anybody_to_validate_on_is_refused_before_the_first_step(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    manifest = json.loads((shops / "manifest.json").read_text())
+    for platform in manifest["platforms"].values():
+        platform["valid_rows"] = 0
+    (shops / "manifest.json").write_text(json.dumps(manifest))
+    done = call(command("train", str(run_config(tmp_path, shops, tiny_encoder, train=SHORT))))
+    refused(done, 3, str(shops), "garden, kitchen have 0 valid_rows", "prepare")
+    assert losses(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -27,18 +27,39 @@ _TEXT, _KEY = 5, 6  # streams of a step's draws
 _HIDE, _HOW, _WHAT = 0, 1, 2  # streams of a text's
 _HELD = 0  # key of what is held out
 
+_ROWS = 1 << 16  # items whose texts are looked at together
 _HELD_SHARE = 0.02  # of each platform's distinct texts: what validation hides tokens of
 _MASKED, _RANDOM = 0.8, 0.9  # bounds: [MASK], any token, the token itself (Devlin et al. 2019)
 
 
 def held_out(items: Items) -> list[np.ndarray]:
-    """Global rows of each platform, one of each text, that no step trains on: at least one where there are two."""
+    """Global rows of each platform, one of each text, that no step trains on: at least one where there are two texts.
+
+    A text that several platforms have is held out of all of them or of none.
+    """
+    text_I = _texts(items)
+    owns = [np.unique(own, return_index=True) for own in np.split(text_I, items.offset_P[1:-1])]
+    # In order of their hashes, so that platforms with the same texts hold out the same ones.
+    held = np.unique(np.concatenate([own[: _held_count(len(own))] for own, _ in owns]))
+    for own, _ in owns:
+        if own.size and np.isin(own, held).all():  # other platforms hold out all that it has
+            held = held[held != own[-1]]
+    return [start + first[np.isin(own, held)] for start, (own, first) in zip(items.offset_P, owns)]
+
+
+def _held_count(texts: int) -> int:
+    return max(0, min(texts - 1, max(1, round(_HELD_SHARE * texts))))
+
+
+def _texts(items: Items) -> np.ndarray:
+    """uint64 of each item: a hash of its token ids."""
     found = []
-    for start, stop in zip(items.offset_P, items.offset_P[1:]):
-        group, row = np.unique(items.group_I[start:stop], return_index=True)
-        count = min(len(group) - 1, max(1, round(_HELD_SHARE * len(group))))
-        found.append(start + row[np.argsort(hash64(_HELD, group), kind="stable")[: max(0, count)]])
-    return found
+    for start in range(0, len(items), _ROWS):
+        id_T, length_N = items.ids(np.arange(start, min(start + _ROWS, len(items))))
+        begin_N = offsets_of(length_N)[:-1]
+        place_T = np.arange(len(id_T)) - np.repeat(begin_N, length_N)
+        found.append(np.add.reduceat(hash64(hash64(_HELD, place_T), id_T), begin_N))
+    return np.concatenate([np.zeros(0, np.uint64), *found])
 
 
 class Masker:
@@ -134,6 +155,6 @@ class MaskedCollator:
 
 def _trained(items: Items) -> list[np.ndarray]:
     """Global rows of each platform whose text is not held out."""
-    held = items.group_I[np.concatenate(held_out(items))]
-    rows_I = np.flatnonzero(~np.isin(items.group_I, held))
+    text_I = _texts(items)
+    rows_I = np.flatnonzero(~np.isin(text_I, text_I[np.concatenate(held_out(items))]))
     return np.split(rows_I, np.searchsorted(rows_I, items.offset_P[1:-1]))

@@ -48,6 +48,7 @@ FREE = frozenset(
 OWNED = {
     "bf16.bf16_master_weights_and_grads": "dtrain keeps fp32 masters",
     "bf16.bf16_optimizer_states": "dtrain keeps fp32 moments",
+    "bf16.check_grad_overflow": "a step that is not finite is skipped",
     "bf16.enabled": "set engine.precision",
     "bfloat16": "set engine.precision",
     "checkpoint": "dtrain writes its own checkpoints",

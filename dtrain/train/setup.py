@@ -66,22 +66,26 @@ def open_inputs(config: RunConfig, comm: Comm, tokenizer_from: Path | None = Non
     manifest = Manifest.load(config.data.path, config.data.cache).select(config.data.platforms)
     manifest.verify(digests=False)
     tokenizer = _open_tokenizer(config.model.encoder.name if tokenizer_from is None else str(tokenizer_from))
-    items: Items | None = None
-    for turn in (True, False):  # one rank of each machine fetches and makes what is missing, then the others find them
-        if (comm.world.local_rank == 0) == turn:
-            manifest.files.ready([platform.catalog for platform in manifest.platforms.values()])
-            recommends = config.train.task == "recommend"
-            items = Items.open(
-                manifest, tokenizer, config.batch.text_tokens, config.model.trend if recommends else None
-            )
-            for platform in manifest.platforms if recommends else ():
-                open_trends(manifest, platform, config.model.trend)  # evaluation's, where training goes without
-                open_arrivals(manifest, platform)
-                if config.model.neighbours.enabled:
-                    open_neighbours(manifest, platform, config.model.neighbours)
-        comm.barrier()
-    assert items is not None
+    recommends = config.train.task == "recommend"
+    makes = comm.world.local_rank == 0  # one rank of each machine fetches and makes what is missing, then all find it
+    if makes:
+        manifest.files.ready([platform.catalog for platform in manifest.platforms.values()])
+    for platform in manifest.platforms:
+        if makes:
+            _make_missing(config, manifest, platform, tokenizer)
+        comm.barrier()  # the others wait for each platform anew: one alone takes less than dist.timeout_s
+    items = Items.open(manifest, tokenizer, config.batch.text_tokens, config.model.trend if recommends else None)
     return Inputs(manifest, tokenizer, items, {p: Catalog.open(manifest, p) for p in manifest.platforms})
+
+
+def _make_missing(config: RunConfig, manifest: Manifest, platform: str, tokenizer: Any) -> None:
+    """Have beside a platform's catalogue what a run or its evaluation reads: tokens and statistics."""
+    TokenCache.open(manifest, platform, tokenizer, config.batch.text_tokens, Catalog.open(manifest, platform))
+    if config.train.task == "recommend":
+        open_trends(manifest, platform, config.model.trend)  # evaluation's, where training goes without
+        open_arrivals(manifest, platform)
+        if config.model.neighbours.enabled:
+            open_neighbours(manifest, platform, config.model.neighbours)
 
 
 def _open_tokenizer(name: str) -> Any:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from dtrain.batches.masked import held_out
 from dtrain.core.comm import Comm
+from dtrain.core.errors import DataError
 from dtrain.engine.protocol import Engine
 from dtrain.model.recommender import Recommender
 from dtrain.train.blending import fit_blend
@@ -26,7 +28,20 @@ __all__ = ["validator"]
 def validator(
     config: RunConfig, inputs: Inputs, engine: Engine, comm: Comm
 ) -> Callable[[], dict[str, dict[str, float]]]:
-    """A collective function that gives each platform's metrics on its valid split, or on texts that are held out."""
+    """A collective function that gives each platform's metrics on its valid split, or on texts that are held out.
+
+    Raises DataError when there is nothing to validate on.
+    """
+    if config.train.task == "pretrain":
+        if not any(rows.size for rows in held_out(inputs.items)):
+            raise DataError(
+                f"{config.data.path}: no platform has two texts, of which one could be held out to validate on"
+            )
+    elif not any(platform.valid_rows for platform in inputs.manifest.platforms.values()):
+        raise DataError(
+            f"{config.data.path}: no user to validate on, since {', '.join(inputs.platforms)} have 0 valid_rows in its "
+            "manifest.json; prepare it with a split that leaves users in the valid period"
+        )
     measure = {"recommend": _retriever, "rank": _reranker, "pretrain": telling}[config.train.task](config, inputs, comm)
 
     def run() -> dict[str, dict[str, float]]:
