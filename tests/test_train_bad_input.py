@@ -76,6 +76,18 @@ def test_an_encoder_that_is_not_there_or_has_no_tokenizer_is_named(
         refused(done, 2, f"model.encoder.name='{name}': {why}")
 
 
+def test_windows_longer_than_the_user_encoder_reads_are_refused_before_the_first_step(
+    tmp_path: Path, shops: Path, tiny_encoder: Path
+) -> None:
+    config = run_config(tmp_path, shops, tiny_encoder, train=SHORT)
+    done = call(command("train", str(config), "model.user.max_positions=10"))
+    refused(
+        done, 2, "model.user.max_positions=10", "garden has training windows of 12 items", "11 or more", "window: 11"
+    )
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    assert call(command("train", str(config), "model.user.max_positions=11")).returncode == 0
+
+
 def test_data_without_anybody_to_validate_on_is_refused_before_the_first_step(
     tmp_path: Path, shops: Path, tiny_encoder: Path
 ) -> None:

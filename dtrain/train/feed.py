@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from dtrain.core.comm import Comm
+from dtrain.core.errors import ConfigError
 from dtrain.core.world import World
 from dtrain.data.batch import AnyBatch
+from dtrain.data.evalset import Ragged
+from dtrain.data.manifest import Manifest
 from dtrain.data.plan import Plan
 from dtrain.data.shards import ShardReader
 from dtrain.data.stream import StepSamples, Stream, blocks_at_once
@@ -21,9 +24,32 @@ from dtrain.train.costs import sample_costs
 from dtrain.train.resume import RunState, mixture_of
 from dtrain.train.setup import Inputs
 
-__all__ = ["Ahead", "RunFeed", "open_stream"]
+__all__ = ["Ahead", "RunFeed", "check_windows", "open_stream"]
 
 log = logging.getLogger("dtrain")
+
+_LOOKED_AT = 256  # samples of each platform
+
+
+def check_windows(config: RunConfig, manifest: Manifest, comm: Comm) -> None:
+    """Raise ConfigError where training windows are longer than the user encoder reads, by each platform's first
+    samples: almost every platform has one of the longest among them. A collective call.
+    """
+    if config.train.task != "recommend" or not config.model.user.layers:
+        return
+    longest: dict[str, int] = {}
+    if comm.world.is_main:
+        for name in manifest.platforms:
+            reader = ShardReader(manifest, name)
+            first = reader.read(0, np.arange(min(_LOOKED_AT, reader.shards[0].samples)))
+            longest[name] = int(np.diff(Ragged.of(first["items"]).offsets).max())
+    most = config.model.user.max_positions
+    for name, items in comm.gather_json(longest)[0].items():
+        if items - 1 > most:
+            raise ConfigError(
+                f"model.user.max_positions={most}: {name} has training windows of {items} items, of which the last is "
+                f"predicted only; set it to {items - 1} or more, or prepare {config.data.path} with window: {most + 1}"
+            )
 
 
 def open_stream(config: RunConfig, plan: Plan, world: World, step: int) -> Stream:

@@ -31,7 +31,7 @@ from dtrain.model.cross import CrossEncoder
 from dtrain.model.masked import MaskedModel
 from dtrain.model.recommender import Recommender
 from dtrain.train.config import RunConfig
-from dtrain.train.feed import RunFeed
+from dtrain.train.feed import RunFeed, check_windows
 from dtrain.train.loop import Loop
 from dtrain.train.open import open_store
 from dtrain.train.resume import RunState, go_on, memory_is_stale
@@ -116,6 +116,7 @@ def _run(config: RunConfig, comm: Comm, folder: RunFolder, stop: StopFlag, start
     run = go_on(config, inputs, commit, comm.world)
     state, began_at = run.loop, run.loop.step
     _check_world(config, comm.world)
+    check_windows(config, inputs.manifest, comm)
     engine = _engine(config, inputs, comm, store, commit)
     folder.mark_start(state.step, start.cause, comm.gather_json(start.machine))
     folder.drop_lines_after(state.step, state.validated)
