@@ -182,11 +182,22 @@ def _processes(rows: Rows) -> str:
             wait = sum(found["wait_s"][2:]) / max(1e-9, sum(found["step_s"][2:]))
             cells = sum(found["cells"])
             padding = f"{1 - sum(found['tokens']) / cells:.1%}" if cells else "no texts"
-            cores = 1 if way == "1x1" else 2
-            share = f"{rates(found)[0] / (cores * one):.0%}" if one else ""
+            share = _share(rates(found)[0], one, 1 if way == "1x1" else 2)
             lines.append((name, title, _rate(found), share, f"{wait:.1%}", padding))
+        found = rows.result("processes", f"{name}-apart")
+        if found is not None:
+            both = [sum(part) for part in zip(*(rates(result) for result in found["apart"]))]
+            lines.append((name, "two runs apart, 1 x 1 each", _range(*both), _share(both[0], one, 2), "", ""))
     head = ("step", "processes x threads", "targets/s", "of one thread's rate, a core", "data wait", "padding")
-    return table(head, lines) + "\nThe global batch is the same in all rows of a step.\n"
+    note = (
+        "\nThe global batch is the same in all rows of a step. Two runs apart know nothing of each other: what "
+        "they do at the same time is what the machine gives two threads, which share its memory and last cache.\n"
+    )
+    return table(head, lines) + note
+
+
+def _share(rate: float, one: float | None, cores: int) -> str:
+    return f"{rate / (cores * one):.0%}" if one else ""
 
 
 def _evaluation(rows: Rows, part: str, names: Sequence[str]) -> str:
@@ -255,7 +266,10 @@ def _commands(rows: Rows) -> str:
 
 
 def _rate(found: Mapping[str, Any]) -> str:
-    middle, least, most = rates(found)
+    return _range(*rates(found))
+
+
+def _range(middle: float, least: float, most: float) -> str:
     return f"{middle:,.1f} ({least:,.1f} .. {most:,.1f})"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -134,13 +135,28 @@ def hour(settings: Settings, cache: Cache) -> None:
 
 
 def processes(settings: Settings, cache: Cache) -> None:
-    """The same global batch on one process of one thread and of two, and on two processes of one thread each."""
+    """The same global batch on one process of one thread and of two, and on two processes of one thread each; and on
+    two runs at a time that know nothing of each other, which says what the machine gives two threads at all."""
     workloads = {"main": _ours(settings, settings.seconds)}
     data = prepare_pairs(settings, "amazon_scientific")
     pairs = {"config": PAIRS_CONFIG, "overrides": [f"data.path={data}", f"model.encoder.name={settings.encoder}"]}
     workloads["pairs"] = {**pairs, "steps": 1_000_000, "seconds": settings.seconds}
     for (name, made), (count, threads) in product(workloads.items(), ((1, 1), (1, 2), (2, 1))):
         _measured(settings, cache, "processes", f"{name}-{count}x{threads}", "ours", made | {"threads": threads}, count)
+    for name, made in workloads.items():
+        _apart(settings, cache, f"{name}-apart", made | {"threads": 1})
+
+
+def _apart(settings: Settings, cache: Cache, row: str, made: dict[str, Any]) -> None:
+    if not _missing(settings, cache, "processes", row, made):
+        return
+    _, script, _ = CONTENDERS["ours"]
+    folders = [settings.work / "jobs" / f"processes-{row}-{number}" for number in range(2)]
+    with ThreadPoolExecutor(len(folders)) as pool:
+        found = list(pool.map(lambda folder: run_measurement(sys.executable, script, made, folder), folders))
+    cache.put("processes", row, made, {"apart": [result for result, _ in found]}, " & ".join(text for _, text in found))
+    each = ", ".join(f"{sum(result['targets']) / sum(result['step_s']):,.1f}" for result, _ in found)
+    print(f"processes {row}: {each} targets/s at the same time", flush=True)
 
 
 def _missing(settings: Settings, cache: Cache, part: str, row: str, made: dict[str, Any]) -> bool:

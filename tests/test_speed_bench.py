@@ -200,11 +200,17 @@ def test_the_page_has_what_was_measured_and_goals_can_be_missed(tmp_path: Path) 
     cache.put("job", "st-fp32", {}, steps | {"targets": [10] * 10})
     cache.put("job", "st-bf16", {}, {"not_measured": NO_BF16})
     cache.put("job", "ours", {}, steps | {"targets": [150] * 10}, "python -m this")
+    alone = steps | {"targets": [100] * 10, "wait_s": [0.0] * 10, "tokens": [9], "cells": [10]}
+    cache.put("processes", "main-1x1", {}, alone)
+    cache.put(
+        "processes", "main-apart", {}, {"apart": [steps | {"targets": [90] * 10}, steps | {"targets": [86] * 10}]}
+    )
     assert not write_page(cache, tmp_path / "speed.md")
     found = next(goal for goal in goals(Rows(cache)) if "20 times the targets/s" in goal.text)
     assert found == Goal(text=found.text, found="15.0", met=False)
     page = (tmp_path / "speed.md").read_text()
-    for text in ("150.0 (150.0 .. 150.0)", NO_BF16, "| 15.0 | **NOT met** |", "`python -m this`"):
+    both = "| main | two runs apart, 1 x 1 each | 176.0 (176.0 .. 176.0) | 88% |"
+    for text in ("150.0 (150.0 .. 150.0)", NO_BF16, "| 15.0 | **NOT met** |", "`python -m this`", both):
         assert text in page
 
 
