@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ __all__ = ["render", "write_page"]
 
 
 def write_page(cache: Cache, page: Path) -> bool:
-    """Write the page; whether no goal that was measured was missed."""
+    """Write the page, and all that it is made from beside it; whether no goal that was measured was missed."""
     rows = Rows(cache)
     write_text(page, render(rows))
+    write_text(page.with_suffix(".json"), json.dumps(rows.files, separators=(",", ":")) + "\n")
     return all(goal.met is not False for goal in goals(rows))
 
 
@@ -48,8 +50,9 @@ def _head(rows: Rows) -> str:
     load = f"{min(loads):.1f} to {max(loads):.1f}" if loads else "-"
     return f"""# Speed: the same work, side by side
 
-`make bench-speed` (`python -m benchmarks.speed`) measures what is missing and writes this page from kept rows. Machine:
-{"; ".join(machines) or "none yet"}. Load average when rows were done: {load}. Commits: {commits}.
+`make bench-speed` (`python -m benchmarks.speed`) measures what is missing and writes this page from kept rows, which
+lie beside it as JSON. Machine: {"; ".join(machines) or "none yet"}. Load average when rows were done: {load}. Commits:
+{commits}.
 
 A rate is the median over five stretches of consecutive steps (least .. most), the first two steps left out, from the
 end of a step to the end of the next: whatever a trainer does between steps counts."""

@@ -209,6 +209,8 @@ def test_the_page_has_what_was_measured_and_goals_can_be_missed(tmp_path: Path) 
     found = next(goal for goal in goals(Rows(cache)) if "20 times the targets/s" in goal.text)
     assert found == Goal(text=found.text, found="15.0", met=False)
     page = (tmp_path / "speed.md").read_text()
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    assert kept["job"]["ours"]["result"]["targets"] == [150] * 10
     both = "| main | two runs apart, 1 x 1 each | 176.0 (176.0 .. 176.0) | 88% |"
     for text in ("150.0 (150.0 .. 150.0)", NO_BF16, "| 15.0 | **NOT met** |", "`python -m this`", both):
         assert text in page

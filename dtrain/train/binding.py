@@ -186,12 +186,11 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     rows = any(now.get(f"model.{part}") for part in ("id_vectors", "item_bias", "memory"))
     found = []
     for key in sorted({*saved, *now}):
-        old, new = saved.get(key, ABSENT), now.get(key, ABSENT)
-        if old != new:
+        if saved.get(key) != now.get(key):
             kind = rule_of(key).kind
             if key.startswith("fact.catalog.") and (not rows or now["train.task"] != "recommend"):
                 kind = "data"
-            found.append(Change(key, kind, old, new))
+            found.append(Change(key, kind, saved.get(key, ABSENT), now.get(key, ABSENT)))
     return found
 
 
