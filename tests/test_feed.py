@@ -86,3 +86,17 @@ def test_what_is_being_made_is_waited_for_at_the_end() -> None:
         threading.Timer(0.01, go_on.set).start()
     assert finished == [1, 2]  # the other ranks are in its collective calls
     assert steps.closed
+
+
+def test_what_failed_while_it_was_made_ahead_is_told_to_who_will_not_ask_for_it() -> None:
+    batches = Batches(fails=2)
+    with ahead(Steps(), batches) as made:
+        next(made)
+        made.close()
+        with pytest.raises(ValueError, match="step 2"):
+            made.check()
+    with ahead(Steps(), Batches()) as made:
+        made.check()  # nothing was asked for
+        next(made)
+        made.close()
+        made.check()

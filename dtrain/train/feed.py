@@ -90,6 +90,12 @@ class Ahead(Iterator[tuple[StepSamples, AnyBatch]]):
         self._pool.shutdown(wait=True)
         self._stream.close()
 
+    def check(self) -> None:
+        """Raise the error of what was made ahead, if any: a rank that went on after it alone would make its next
+        collective calls with those that the others have still to make."""
+        if self._made is not None:
+            self._made.result()
+
     def __enter__(self) -> Ahead:
         return self
 
@@ -130,6 +136,7 @@ class RunFeed(Iterator[tuple[StepSamples, AnyBatch]]):
         run = self._run
         run.eras = run.eras.mixed(run.loop.step, mixture_of(self._config, self._inputs, platforms))
         self._ahead.close()
+        self._ahead.check()
         self._ahead = self._open()
         return run.eras.current.mixture.shares()
 
