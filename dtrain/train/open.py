@@ -64,7 +64,8 @@ def read_run_config(run: str | Path, overrides: Sequence[str] = (), key: str = "
 
     Raises ConfigError when it is no run folder, which names the config's `key` that the run was given by, if any.
     """
-    path = RunFiles(run).config(key)
+    files = RunFiles(run)  # whose copy goes with it
+    path = files.config(key)
     given = [
         part
         for override in overrides
