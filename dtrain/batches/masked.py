@@ -37,14 +37,17 @@ def held_out(items: Items) -> list[np.ndarray]:
 
     A text that several platforms have is held out of all of them or of none.
     """
-    text_I = _texts(items)
-    owns = [np.unique(own, return_index=True) for own in np.split(text_I, items.offset_P[1:-1])]
+    return _held_rows(_texts(items), items.offset_P)
+
+
+def _held_rows(text_I: np.ndarray, offset_P: np.ndarray) -> list[np.ndarray]:
+    owns = [np.unique(own, return_index=True) for own in np.split(text_I, offset_P[1:-1])]
     # In order of their hashes, so that platforms with the same texts hold out the same ones.
     held = np.unique(np.concatenate([own[: _held_count(len(own))] for own, _ in owns]))
     for own, _ in owns:
         if own.size and np.isin(own, held).all():  # other platforms hold out all that it has
             held = held[held != own[-1]]
-    return [start + first[np.isin(own, held)] for start, (own, first) in zip(items.offset_P, owns)]
+    return [start + first[np.isin(own, held)] for start, (own, first) in zip(offset_P, owns)]
 
 
 def _held_count(texts: int) -> int:
@@ -156,5 +159,5 @@ class MaskedCollator:
 def _trained(items: Items) -> list[np.ndarray]:
     """Global rows of each platform whose text is not held out."""
     text_I = _texts(items)
-    rows_I = np.flatnonzero(~np.isin(text_I, text_I[np.concatenate(held_out(items))]))
+    rows_I = np.flatnonzero(~np.isin(text_I, text_I[np.concatenate(_held_rows(text_I, items.offset_P))]))
     return np.split(rows_I, np.searchsorted(rows_I, items.offset_P[1:-1]))

@@ -61,9 +61,7 @@ class UserConfig:
     heads: int = 4  # attention heads; must divide the model's `dim`
     feedforward: int = 256  # width of the hidden layer of each block
     dropout: float = 0.1  # probability, after the input, attention weights and each residual branch
-    max_positions: int = (
-        50  # longest history it reads, in items: training windows less one, the last of longer ones when it ranks
-    )
+    max_positions: int = 50  # longest history it reads, in items; ranking takes the last ones of longer histories
 
     def __post_init__(self) -> None:
         for name, low in (("layers", 0), ("heads", 1), ("feedforward", 1), ("max_positions", 1)):

@@ -13,6 +13,7 @@ from torch import nn
 
 from dtrain.batches.masked import Masker, held_out
 from dtrain.core.comm import Comm
+from dtrain.core.errors import DataError
 from dtrain.data.batch import MaskedTexts, to_device
 from dtrain.data.permute import hash64
 from dtrain.model.masked import MaskedModel
@@ -27,7 +28,10 @@ _KEY = 1  # the same tokens are hidden in every validation
 
 
 def telling(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Module], Mapping[str, Metrics]]:
-    """A collective function: "accuracy" of each platform, the share of hidden tokens that are the likeliest ones."""
+    """A collective function: "accuracy" of each platform, the share of hidden tokens that are the likeliest ones.
+
+    Raises DataError when no text is held out.
+    """
     items, masker = inputs.items, Masker(inputs.items, inputs.tokenizer, config.batch.masked)
     parts: list[tuple[int, MaskedTexts]] = []  # the platform's number, and texts of it
     for number, held in enumerate(held_out(items)):
@@ -35,6 +39,9 @@ def telling(config: RunConfig, inputs: Inputs, comm: Comm) -> Callable[[nn.Modul
         count = -(-int(items.length_I[rows].sum()) // config.evaluate.batch_tokens)
         for made in masker.batches(rows, hash64(_KEY, rows), np.full(len(rows), number), count, 1) if count else []:
             parts.append((number, MaskedTexts(**{name: torch.from_numpy(array) for name, array in made.items()})))
+
+    if not parts:
+        raise DataError(f"{config.data.path}: no platform has two texts, of which one could be held out to validate on")
 
     def run(model: nn.Module) -> Mapping[str, Metrics]:
         assert isinstance(model, MaskedModel)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from dtrain.batches.masked import held_out
 from dtrain.core.comm import Comm
 from dtrain.core.errors import DataError
 from dtrain.engine.protocol import Engine
@@ -32,12 +31,8 @@ def validator(
 
     Raises DataError when there is nothing to validate on.
     """
-    if config.train.task == "pretrain":
-        if not any(rows.size for rows in held_out(inputs.items)):
-            raise DataError(
-                f"{config.data.path}: no platform has two texts, of which one could be held out to validate on"
-            )
-    elif not any(platform.valid_rows for platform in inputs.manifest.platforms.values()):
+    users = any(platform.valid_rows for platform in inputs.manifest.platforms.values())
+    if config.train.task != "pretrain" and not users:
         raise DataError(
             f"{config.data.path}: no user to validate on, since {', '.join(inputs.platforms)} have 0 valid_rows in its "
             "manifest.json; prepare it with a split that leaves users in the valid period"
